@@ -1,0 +1,1 @@
+"""What ranks tell each other about their gradients and parameters, when, and how it is merged."""

@@ -1,0 +1,63 @@
+"""Links on a chain: the position names the algorithm.
+
+``chain(allreduce(), optimizer)`` is synchronous SGD. A link before the optimizer works on gradients, while backward runs;
+a link after it works on parameters, when ``opt.step()`` has been called. A link is a frozen value; what it remembers
+lives in the state tree that it is handed. Its body is a coroutine that awaits only the wire, so the code reads from top
+to bottom as the algorithm: encode, send, merge, decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from paceline.group.wire import Buffer
+from paceline.terms.bucket import Bucket
+
+State = dict[str, Any]
+"""What one link remembers for one bucket: tensors, numbers, or nested dictionaries of these."""
+
+
+@dataclass
+class Message:
+    """What travels down the chain for one bucket in one step. Links change it in place.
+
+    Attributes:
+        bucket: Description of the bucket.
+        buffer: The wire's memory; ``buffer.tensor`` is the payload: gradients before the optimizer, parameters after it.
+        header: Numbers for the wire; ``header[0]`` is this rank's weight. After an exchange: the sums over ranks.
+        divisor: What the payload was divided by when it was scaled by its weight: payload = weight / divisor * gradient.
+        rank, size: This rank and the world size.
+        step: Optimizer steps applied so far.
+        exchanged: True once the payload is the global mean.
+    """
+
+    bucket: Bucket
+    buffer: Buffer
+    header: list[float]
+    divisor: float = 1.0
+    rank: int = 0
+    size: int = 1
+    step: int = 0
+    exchanged: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def payload(self) -> Tensor:
+        return self.buffer.tensor
+
+
+@runtime_checkable
+class Link(Protocol):
+    """One element of a chain: a frozen dataclass with these three methods."""
+
+    def init(self, bucket: Bucket) -> State:
+        """The state for one bucket at step 0. State that is not returned here does not exist."""
+
+    async def __call__(self, message: Message, state: State) -> None:
+        """Work on the message in place; await nothing but requests of ``group.wire``."""
+
+    def describe(self) -> str:
+        """One line: what is sent, with whom, when, how encoded, how merged."""

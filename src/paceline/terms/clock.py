@@ -1,0 +1,20 @@
+"""Where training stands, as one small value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Global counts: the same on every rank after each step.
+
+    Attributes:
+        step: Optimizer steps applied (of the optimizer that stepped most often, when there are several).
+        samples: Rows of the global batches whose gradients were exchanged.
+        epoch: Passes over the data begun by ``job.epochs``, from 0.
+    """
+
+    step: int = 0
+    samples: int = 0
+    epoch: int = 0

@@ -1,0 +1,114 @@
+"""What was decided for a run, as frozen values: the strategy, the plan, and this process's place in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Value = Any
+"""An argument of a recipe: a number, string, boolean, None, or another :class:`Call`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One recipe with its arguments as they were written, e.g. ``ddp(codec=bf16)``.
+
+    A bare name such as ``bf16`` is a call without arguments and without parentheses; it prints back as it was written.
+    """
+
+    name: str
+    args: tuple[Value, ...] = ()
+    kwargs: tuple[tuple[str, Value], ...] = ()
+    bare: bool = False
+
+    def __str__(self) -> str:
+        if self.bare:
+            return self.name
+        parts = [_show(a) for a in self.args] + [f"{k}={_show(v)}" for k, v in self.kwargs]
+        return f"{self.name}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``left * right``: left inside a replica, right between replicas."""
+
+    factors: tuple[Call, ...]
+
+    def __str__(self) -> str:
+        return " * ".join(map(str, self.factors))
+
+
+Strategy = Call | Product
+
+
+def _show(value: Value) -> str:
+    """Print an argument the way the parser reads it: Python literals, bare names and calls."""
+    return str(value) if isinstance(value, Call) else repr(value)
+
+
+WireName = Literal["auto", "shm", "torch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that was decided before the run, written to ``plan.toml`` and read back by ``run --plan``.
+
+    Attributes:
+        script: Path of the user's script as given, or ``module:function`` for ``paceline.launch``.
+        processes: World size.
+        strategy: Strategy text, canonical form.
+        seed: Seed for torch, Python's ``random`` and NumPy at interpreter start, or None to leave them alone.
+        threads: Threads per rank for torch and OpenMP.
+        wire: Which wire was asked for.
+        settings: Environment that the launcher gave to every rank, by variable name, so that it can be printed.
+    """
+
+    script: str
+    script_args: tuple[str, ...] = ()
+    processes: int = 1
+    strategy: str = "ddp()"
+    seed: int | None = None
+    threads: int = 1
+    wire: WireName = "auto"
+    stop_on_nan: bool = False
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process stands: who it is and which handles it inherited. Built by ``launch`` only.
+
+    Attributes:
+        rank, size: Position among all ranks of the job.
+        local_rank, local_size: Position among the ranks of this host.
+        host: Name of the host, or of the pretended host.
+        hosts: For each rank the index of its host, so that everybody knows the topology.
+        name: Name of the process in events and files, ``rank0``.
+        incarnation: 32 hexadecimal digits, new for each process start.
+        run_dir: The run directory, or None when nothing is to be written.
+        launcher: Who started this process: ``plain``, ``paceline``, ``torchrun``, ``slurm``, ``mpi``.
+        board_fd: Inherited descriptor of the status board, or -1.
+        arena_fd: Inherited descriptor of the shared memory of this host, or -1.
+        store: Address of the rendezvous, ``unix:PATH`` or ``tcp:HOST:PORT``, or empty.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    host: str = "localhost"
+    hosts: tuple[int, ...] = (0,)
+    name: str = "rank0"
+    incarnation: str = "0" * 32
+    run_dir: Path | None = None
+    launcher: str = "plain"
+    board_fd: int = -1
+    arena_fd: int = -1
+    store: str = ""
+    plan: Plan = field(default_factory=lambda: Plan(script=""))
+
+    @property
+    def plain(self) -> bool:
+        """True under plain ``python``: nobody launched this process, and nothing is to be changed."""
+        return self.launcher == "plain"

@@ -1,0 +1,57 @@
+"""Paceline: write one PyTorch loop; run it with any distributed strategy.
+
+The user's surface is :func:`job` and :func:`launch`; everything else hangs on the :class:`~paceline.train.job.Job` that
+``job()`` returns. Nothing here imports torch, so ``paceline --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paceline.exchange.chain import Exchange
+    from paceline.terms.errors import PacelineError
+    from paceline.train.job import Job
+
+__version__ = "0.1.0"
+__all__ = ["PacelineError", "__version__", "job", "launch"]
+
+
+def job(strategy: str | Exchange | None = None) -> Job:
+    """This process's job: the same object at every call.
+
+    Under plain ``python`` the job changes nothing. Under ``paceline run``, torchrun, Slurm or MPI it joins the others.
+
+    Args:
+        strategy: Strategy text or recipe; ``paceline run --strategy`` overrides it, and says so.
+    """
+    from paceline.launch import session
+
+    return session.current().job(strategy)
+
+
+def launch(fn: Callable[..., Any], n: int, *, strategy: str = "ddp()", **arguments: Any) -> list[Any]:
+    """Run ``fn(**arguments)`` on `n` fresh processes of this machine and return their results, by rank.
+
+    Args:
+        fn: A function at the top level of a module or script. It is found again by name; nothing is pickled.
+        n: Number of processes.
+        strategy: Strategy text.
+        arguments: JSON values.
+
+    Raises:
+        UsageError: The function cannot be launched (PL108), or the number or the strategy is refused.
+        PacelineError: A process failed; the message carries the earliest cause.
+    """
+    from paceline.launch.function import launch_function
+
+    return launch_function(fn, n, strategy=strategy, arguments=arguments)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PacelineError":
+        from paceline.terms.errors import PacelineError
+
+        return PacelineError
+    raise AttributeError(f"module 'paceline' has no attribute {name!r}")

@@ -1,0 +1,15 @@
+"""The private parts of torch that placement leans on, in one place, so that a change of torch breaks one file loudly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.autograd import Variable
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` when the backward pass that is running now has ended. Only valid inside a gradient hook.
+
+    An exception of the callback leaves ``loss.backward()``. DDP and FSDP of torch use the same queue.
+    """
+    Variable._execution_engine.queue_callback(callback)  # type: ignore[no-untyped-call]

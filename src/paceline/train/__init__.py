@@ -1,0 +1,1 @@
+"""The user's object, and the only place where placement and exchange meet."""

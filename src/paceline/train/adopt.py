@@ -1,0 +1,142 @@
+"""Adoption: sort what the user gave, refuse what cannot work, make all ranks start from the same state.
+
+Ranks describe what they hold (names, order, shapes, types, layouts, optimizer settings) in one message; any difference is
+named. Then rank 0's parameters, buffers and optimizer state overwrite those of the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from paceline.group.wire import Wire
+from paceline.terms.errors import AdoptError
+from paceline.train.state import neutral
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """What one call of ``adopt`` was given, by kind, each in the order given."""
+
+    models: tuple[nn.Module, ...]
+    optimizers: tuple[Optimizer, ...]
+    loaders: tuple[DataLoader[Any], ...]
+    scalers: tuple[GradScaler, ...]
+
+
+def sort(things: Sequence[Any]) -> Adopted:
+    """Sort by kind.
+
+    Raises:
+        AdoptError: PL301 for an unknown kind, PL302 for an optimizer that evaluates the loss itself.
+    """
+    kinds: dict[type, list[Any]] = {nn.Module: [], Optimizer: [], DataLoader: [], GradScaler: [], LRScheduler: []}
+    for position, thing in enumerate(things, 1):
+        kinds[_kind(thing, position)].append(thing)
+    for optimizer in kinds[Optimizer]:
+        if isinstance(optimizer, LBFGS):
+            raise AdoptError("PL302", "torch.optim.LBFGS evaluates the loss inside its step")
+    return Adopted(tuple(kinds[nn.Module]), tuple(kinds[Optimizer]), tuple(kinds[DataLoader]), tuple(kinds[GradScaler]))
+
+
+def _kind(thing: Any, position: int) -> type:
+    if isinstance(thing, ReduceLROnPlateau):
+        return LRScheduler
+    for kind in (nn.Module, Optimizer, DataLoader, GradScaler, LRScheduler):
+        if isinstance(thing, kind):
+            return kind
+    raise AdoptError(
+        "PL301", f"argument {position} of job.adopt is a {type(thing).__module__}.{type(thing).__qualname__}"
+    )
+
+
+def trainable(model: nn.Module, taken: set[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that get gradients, each once (tied weights under their first name), without those in `taken`."""
+    return [(neutral(n), p) for n, p in model.named_parameters() if p.requires_grad and p not in taken]
+
+
+# ---- the same on all ranks ------------------------------------------------------------------------------------------
+def agree(wire: Wire, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
+    """Compare what ranks hold. Raises AdoptError PL303 on every rank, naming the first difference."""
+    mine = list(_description(models, optimizers))
+    said = [json.loads(raw) for raw in wire.gather_bytes("adopt", json.dumps(mine).encode())]
+    for rank, theirs in enumerate(said):
+        if theirs != said[0]:
+            raise AdoptError("PL303", _difference(said[0], theirs, rank))
+
+
+def _description(models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[str]:
+    index: dict[Tensor, str] = {}
+    for label, model in models.items():
+        for name, p in model.named_parameters():
+            index[p] = f"{label}.{name}"
+            kind = "parameter" if p.requires_grad else "frozen parameter"
+            yield f"{kind} {label}.{neutral(name)} {tuple(p.shape)} {p.dtype} strides {p.stride()}"
+        for name, b in model.named_buffers():
+            yield f"buffer {label}.{neutral(name)} {tuple(b.shape)} {b.dtype}"
+    for number, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            settings = {k: repr(v) for k, v in sorted(group.items()) if k != "params"}
+            names = [index.get(p, "?") for p in group["params"]]
+            yield f"optimizer {number} {type(optimizer).__qualname__} {settings} on {names}"
+
+
+def _difference(first: list[str], other: list[str], rank: int) -> str:
+    for a, b in zip(first, other, strict=False):
+        if a != b:
+            return f"rank 0 has {a[:300]!r} where rank {rank} has {b[:300]!r}"
+    more, who = (first, 0) if len(first) > len(other) else (other, rank)
+    return f"rank {who} has {more[min(len(first), len(other))][:300]!r}, which rank {rank if who == 0 else 0} has not"
+
+
+def start_equal(wire: Wire, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
+    """Overwrite parameters, buffers and optimizer state with those of rank 0."""
+    with torch.no_grad():
+        for tensor in _tensors(models, optimizers):
+            _overwrite(wire, tensor)
+
+
+def _overwrite(wire: Wire, tensor: Tensor) -> None:
+    if tensor.is_contiguous():
+        wire.broadcast(tensor)
+    else:
+        dense = tensor.contiguous()
+        wire.broadcast(dense)
+        tensor.copy_(dense)
+
+
+def _tensors(models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:
+    seen: set[Tensor] = set()
+    for model in models.values():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor not in seen:
+                seen.add(tensor)
+                yield tensor.detach()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                yield from (v for _, v in sorted(state.items()) if isinstance(v, Tensor))
+
+
+def share_kept(wire: Wire, name: str, thing: Any) -> None:
+    """Overwrite the state of a kept object with that of rank 0. Raises AdoptError PL303 when its tensors differ in kind."""
+    state = dict(thing.state_dict())
+    tensors = {k: v.detach().clone() for k, v in sorted(state.items()) if isinstance(v, Tensor)}
+    kinds = json.dumps([(k, list(v.shape), str(v.dtype)) for k, v in tensors.items()])
+    said = wire.gather_bytes(f"keep {name}", kinds.encode())
+    for rank, theirs in enumerate(said):
+        if theirs != said[0]:
+            raise AdoptError("PL303", f"job.keep({name}=...): rank {rank} holds other tensors than rank 0")
+    for tensor in tensors.values():
+        _overwrite(wire, tensor)
+    thing.load_state_dict({**state, **tensors})

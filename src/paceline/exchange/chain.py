@@ -15,7 +15,7 @@ class Optimizer:
 
     def describe(self) -> str:
         """One line for ``describe()``."""
-        return "optimizer   the script's own, at opt.step()"
+        return "optimizer   the script's own, on every rank, at opt.step()"
 
 
 optimizer = Optimizer()
@@ -27,7 +27,7 @@ class Chain:
 
     Attributes:
         gradient_links: Before the optimizer: run bucket by bucket while backward runs.
-        parameter_links: After it: run when ``opt.step()`` has been called.
+        parameter_links: After it: run bucket by bucket when ``opt.step()`` has been called.
     """
 
     gradient_links: tuple[Link, ...]
@@ -38,9 +38,15 @@ class Chain:
         return [link.init(bucket) for link in (*self.gradient_links, *self.parameter_links)]
 
     async def exchange_gradients(self, message: Message, states: list[State]) -> Message:
-        """The part before the optimizer. Awaits only requests of the wire."""
+        """The part before the optimizer. Awaits only requests of the wire.
+
+        The payload comes in scaled by its weight and leaves as a gradient: the global one, or where no link has exchanged
+        it, this rank's own.
+        """
         for link, state in zip(self.gradient_links, states, strict=False):
             await link(message, state)
+        if not message.exchanged and message.header[0]:
+            message.payload.mul_(message.divisor / message.header[0])
         return message
 
     async def exchange_parameters(self, message: Message, states: list[State]) -> Message:
@@ -48,6 +54,11 @@ class Chain:
         for link, state in zip(self.parameter_links, states[len(self.gradient_links) :], strict=True):
             await link(message, state)
         return message
+
+    def describe(self) -> str:
+        """What the links say of themselves, in the order in which they act."""
+        links: tuple[Link | Optimizer, ...] = (*self.gradient_links, optimizer, *self.parameter_links)
+        return "\n".join(link.describe() for link in links)
 
 
 def chain(*links: Link | Optimizer) -> Chain:
@@ -60,6 +71,12 @@ def chain(*links: Link | Optimizer) -> Chain:
     return Chain(before, after)
 
 
+_PARAMS = {
+    "private": "private: every rank has its own copy of parameters and optimizer state",
+    "shared": "shared: one copy on each host; every rank updates its slice in place at opt.step()",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """What a recipe returns: the chain, and what it asks of placement.
@@ -68,7 +85,7 @@ class Exchange:
         chain: The links.
         params: ``private``: each rank has its own copy of parameters and optimizer state. ``shared``: one copy per host,
             every rank updates its slice in place.
-        bucket_mb: Upper bound of a bucket in MiB (10^6-free: 2^20 bytes), or None for the wire's choice.
+        bucket_mb: Upper bound of a bucket in MiB (2^20 bytes), or None for placement's choice.
         text: Canonical strategy text; parsing it gives this value again.
     """
 
@@ -76,3 +93,15 @@ class Exchange:
     params: Literal["private", "shared"] = "private"
     bucket_mb: float | None = None
     text: str = "ddp()"
+
+    def describe(self) -> str:
+        """What is sent, with whom, when, how encoded, how merged; then what is asked of placement."""
+        buckets = "size chosen by placement" if self.bucket_mb is None else f"at most {self.bucket_mb:g} MiB each"
+        return "\n".join(
+            (
+                f"strategy    {self.text}",
+                self.chain.describe(),
+                f"parameters  {_PARAMS[self.params]}",
+                f"buckets     {buckets}",
+            )
+        )

@@ -4,17 +4,23 @@
 a link after it works on parameters, when ``opt.step()`` has been called. A link is a frozen value; what it remembers
 lives in the state tree that it is handed. Its body is a coroutine that awaits only the wire, so the code reads from top
 to bottom as the algorithm: encode, send, merge, decode.
+
+[Note: values without torch] Links, chains and recipes are plain values; torch is imported where tensors are touched, inside
+the bodies. So the door checks and describes a strategy before the seconds that ``import torch`` takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Tensor
-
-from paceline.group.wire import Buffer
 from paceline.terms.bucket import Bucket
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from paceline.group.wire import Buffer
 
 State = dict[str, Any]
 """What one link remembers for one bucket: tensors, numbers, or nested dictionaries of these."""
@@ -31,6 +37,7 @@ class Message:
         divisor: What the payload was divided by when it was scaled by its weight: payload = weight / divisor * gradient.
         rank, size: This rank and the world size.
         step: Optimizer steps applied so far.
+        hosts: For each rank the index of its host; empty when all are on one.
         exchanged: True once the payload is the global mean.
     """
 
@@ -41,6 +48,7 @@ class Message:
     rank: int = 0
     size: int = 1
     step: int = 0
+    hosts: Sequence[int] = ()
     exchanged: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -60,4 +68,4 @@ class Link(Protocol):
         """Work on the message in place; await nothing but requests of ``group.wire``."""
 
     def describe(self) -> str:
-        """One line: what is sent, with whom, when, how encoded, how merged."""
+        """What is sent, with whom, when, how encoded, how merged: one line each, under the name of the link."""

@@ -106,7 +106,7 @@ class Replica:
         order = [p for _, p in reversed(list(params))]
         self._regions = self._allocate(order)
         self._cut(order)
-        self._handles = [p.register_post_accumulate_grad_hook(self._arrive) for _, p in params]
+        self._handles = [p.register_post_accumulate_grad_hook(self._arrive) for _, p in params]  # type: ignore[no-untyped-call]
 
     # ---- memory ---------------------------------------------------------------------------------------------------
     def _allocate(self, order: list[nn.Parameter]) -> dict[tuple[torch.dtype, torch.device], Region]:

@@ -12,4 +12,4 @@ def after_backward(callback: Callable[[], None]) -> None:
 
     An exception of the callback leaves ``loss.backward()``. DDP and FSDP of torch use the same queue.
     """
-    Variable._execution_engine.queue_callback(callback)  # type: ignore[no-untyped-call]
+    Variable._execution_engine.queue_callback(callback)

@@ -5,7 +5,7 @@ where a batch comes from, what ``backward`` means, what ``opt.step()`` means.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,8 @@ from paceline.terms.clock import Clock
 from paceline.terms.errors import AdoptError, StepError, Stopped
 from paceline.terms.event import Event, Sink
 from paceline.terms.plan import Place
-from paceline.train import adopt, state
+from paceline.train import adopt as adoption
+from paceline.train import state
 from paceline.train.counters import Counters
 from paceline.train.ledger import Ledger
 from paceline.train.loop import Loop
@@ -55,7 +56,7 @@ class Job:
         self._models: dict[str, nn.Module] = {}
         self._optimizers: list[Optimizer] = []
         self._kept: dict[str, Any] = {}
-        self._streams = Streams(rank=place.rank, share=self._share_streams)
+        self._streams = Streams(place.rank, place.size, self._share_streams)
         self._num_loaders = 0
         self._counters = Counters()
         self._evaluating = False
@@ -104,12 +105,12 @@ class Job:
         """Take over models, optimizers, schedulers, gradient scalers and data loaders; return them in the order given.
 
         Models and optimizers keep their identity; loaders come back as loaders of this rank's rows of each global batch.
-        May be called again with more, before training begins. One thing is returned as itself, several as a tuple.
+        May be called again with more; all ranks make the same calls. One thing is returned as itself, several as a tuple.
 
         Raises:
             AdoptError: Something cannot be adopted (PL301, PL302, PL304, PL305, PL309), or ranks differ (PL303).
         """
-        sorted_things = adopt.sort(things)
+        sorted_things = adoption.sort(things)
         self._refuse_repeats(sorted_things)
         if self._place.plain:
             replaced = self._adopt_plain(sorted_things)
@@ -121,14 +122,12 @@ class Job:
         result = tuple(replaced.get(id(thing), thing) for thing in things)
         return result[0] if len(result) == 1 else result
 
-    def _refuse_repeats(self, given: adopt.Adopted) -> None:
-        if self._loop.steps and (given.models or given.optimizers):
-            raise AdoptError("PL309", f"job.adopt was given a model or an optimizer after {self._loop.steps} steps")
+    def _refuse_repeats(self, given: adoption.Adopted) -> None:
         for thing in (*given.models, *given.optimizers):
             if any(thing is known for known in (*self._models.values(), *self._optimizers)):
                 raise AdoptError("PL309", f"this {type(thing).__name__} was adopted before")
 
-    def _adopt_plain(self, given: adopt.Adopted) -> dict[int, Any]:
+    def _adopt_plain(self, given: adoption.Adopted) -> dict[int, Any]:
         self._register(given)
         for optimizer in given.optimizers:
             optimizer.register_step_post_hook(lambda *_: self._count_step())
@@ -142,12 +141,12 @@ class Job:
         if torch.is_grad_enabled() and not self._evaluating:
             self._loop.samples += rows
 
-    def _register(self, given: adopt.Adopted) -> None:
+    def _register(self, given: adoption.Adopted) -> None:
         for model in given.models:
             self._models[f"model{len(self._models)}" if self._models else "model"] = model
         self._optimizers += given.optimizers
 
-    def _adopt_launched(self, given: adopt.Adopted) -> dict[int, Any]:
+    def _adopt_launched(self, given: adoption.Adopted) -> dict[int, Any]:
         known = set(self._models)
         self._register(given)
         new = {label: model for label, model in self._models.items() if label not in known}
@@ -155,8 +154,8 @@ class Job:
             self._wire = self._connect(_device_of(self._models))
             self._emit_plan()
         if self.size > 1:
-            adopt.agree(self._wire, new, given.optimizers)
-            adopt.start_equal(self._wire, new, given.optimizers)
+            adoption.agree(self._wire, new, given.optimizers)
+            adoption.start_equal(self._wire, new, given.optimizers)
             self._place_models(new)
         for optimizer in given.optimizers:
             self._own_step(optimizer)
@@ -182,10 +181,11 @@ class Job:
                 scale=self._loop.scale,
                 steps=lambda: self._loop.steps,
                 on_verdict=self._loop.on_verdict,
+                hosts=self._place.hosts if len(set(self._place.hosts)) > 1 else (),
             )
         for label, model in models.items():
             taken = {p for replica in self._stepper.replicas for p in replica.names}
-            params = adopt.trainable(model, taken)
+            params = adoption.trainable(model, taken)
             if params:
                 self._stepper.add(model, [(f"{label}.{name}", p) for name, p in params])
 
@@ -249,8 +249,8 @@ class Job:
             on_batch=lambda batch: self._loop.on_batch(batch, self._training()),
             on_epoch=self._loop.on_epoch_end,
         )
+        self._loop.add_feed(self._num_loaders, feed)
         self._num_loaders += 1
-        self._loop.add_feed(feed)
         return feed
 
     def _training(self) -> bool:
@@ -354,7 +354,7 @@ class Job:
                     help="give it these two methods.",
                 )
             if self._wire is not None and self.size > 1:
-                adopt.share_kept(self._wire, name, thing)
+                adoption.share_kept(self._wire, name, thing)
             self._kept[name] = thing
 
     def export(self, path: str | Path) -> None:

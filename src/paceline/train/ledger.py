@@ -53,7 +53,7 @@ class Ledger:
         if ranges:
             self._write('{"k":"v","r":%s}\n' % _compact(ranges))
 
-    def epoch_end(self, loader: int, epoch: int, rows: int, batches: int, complete: bool, order: str) -> None:
+    def epoch_end(self, loader: int, epoch: int, rows: int, batches: int, complete: bool, order: int) -> None:
         """A walk over a loader ended: at its end (`complete`) or by a ``break``."""
         line = {
             "k": "e",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Literal
 
-from paceline.data.feed import EpochEnd, Feed, Slice
+from paceline.data.feed import Feed
+from paceline.data.rows import EpochEnd, Slice
 from paceline.place.replicate import Scale
 from paceline.terms.activity import Activity
 from paceline.terms.clock import Clock
@@ -57,9 +57,9 @@ class Loop:
         return Clock(self.steps, self.samples, self.epoch)
 
     # ---- data -----------------------------------------------------------------------------------------------------
-    def add_feed(self, feed: Feed) -> None:
+    def add_feed(self, index: int, feed: Feed) -> None:
         """Know one more loader."""
-        self._feeds[feed.index] = feed
+        self._feeds[index] = feed
 
     def before_batch(self) -> None:
         """The step boundary at which a run that was asked to stop ends."""
@@ -156,13 +156,13 @@ class Loop:
         if verdict.mine:
             self._sink(Event("notice", self.steps, {"code": "PL409", "message": message}))
 
-    def commit(self, feeds_commit: Callable[[Feed], None] = lambda feed: feed.commit()) -> None:
+    def commit(self) -> None:
         """An optimizer has stepped: the open rows are trained on."""
         self.steps += 1
         self._ledger.commit(self.steps, self._open)
         self._open.clear()
         for index in self._open_feeds:
-            feeds_commit(self._feeds[index])
+            self._feeds[index].commit()
         self._open_feeds.clear()
         self.publish()
 
@@ -176,10 +176,12 @@ class Loop:
 
     def finish(self) -> None:
         """The run has ended: what was left open is written down."""
+        for feed in self._feeds.values():
+            feed.close()
         self._put_aside()
         self._ledger.end(self.steps, self._open)
         self._ledger.close()
 
 
 def _range(batch: Slice) -> Range:
-    return (batch.loader, batch.epoch, batch.start, batch.rows, batch.local_start, batch.local_rows)
+    return (batch.loader, batch.epoch, batch.start, batch.rows, batch.start + batch.local_start, batch.local_rows)

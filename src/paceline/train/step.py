@@ -66,6 +66,7 @@ class Stepper:
         scale: Gives the scale of the backward that begins now.
         steps: Gives the number of optimizer steps applied so far.
         on_verdict: Called once at the end of every exchanged backward.
+        hosts: For each rank the index of its host; empty when all are on one.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class Stepper:
         scale: Callable[[], Scale],
         steps: Callable[[], int],
         on_verdict: Callable[[Verdict], None],
+        hosts: Sequence[int] = (),
     ) -> None:
         self.wire = wire
         self.exchange = exchange
         self.replicas: list[Replica] = []
-        self._activity = activity
+        self._activity, self._hosts = activity, hosts
         self._scale, self._steps, self._on_verdict = scale, steps, on_verdict
         self._drive = Drive(wire, activity)
         self._states: dict[LiveBucket, list[State]] = {}
@@ -154,6 +156,7 @@ class Stepper:
             rank=self.wire.rank,
             size=self.wire.size,
             step=self._steps(),
+            hosts=self._hosts,
         )
         self._messages.append((replica, bucket, message))
         self._drive.launch(

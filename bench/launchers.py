@@ -1,0 +1,99 @@
+"""Starts ``peer.py`` under torchrun or under ``paceline run`` and reads what it measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.launch import tuning
+
+HERE = Path(__file__).parent
+PEER = str(HERE / "peer.py")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to run the program.
+
+    Attributes:
+        name: Head of the table's column.
+        peer: What ``peer.py`` is told to be.
+        tuned: torchrun's processes get the settings that our launcher gives to its own.
+        strategy: Strategy text for ``paceline run``.
+    """
+
+    name: str
+    peer: str
+    tuned: bool = False
+    strategy: str = "ddp()"
+
+    def command(self, processes: int, directory: Path, arguments: tuple[str, ...]) -> list[str]:
+        if self.peer == "ddp":
+            head = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+                PEER,
+            ]
+        else:
+            options = ["-n", str(processes), "--run-dir", str(directory / "run"), "--strategy", self.strategy]
+            head = [sys.executable, "-m", "paceline.launch.cli", "run", PEER, *options, "--"]
+        return [*head, "--peer", self.peer, *arguments]
+
+    def environment(self, processes: int) -> dict[str, str]:
+        """This process's, without settings that somebody exported for another purpose."""
+        machine = tuning.Machine.here()
+        ours = dict(tuning.choose(machine, processes, {}).given)
+        clean = {name: value for name, value in os.environ.items() if name not in ours}
+        return clean | ours if self.tuned else clean
+
+
+DDP = Column("torchrun + DDP", "ddp")
+DDP_TUNED = Column("torchrun + DDP, our settings", "ddp", tuned=True)
+PACELINE = Column("paceline", "paceline")
+
+
+def run(column: Column, processes: int, *arguments: str, timeout: float = 180, tries: int = 3) -> dict[str, Any]:
+    """Run the program; the result carries ``started_at``, the moment before the command, and how many tries crashed.
+
+    gloo's processes now and then abort on their way out ("terminate called without an active exception"), after all the
+    work was done. That costs a measurement, not the benchmark: the run is repeated, and the crash counted.
+
+    Raises:
+        RuntimeError: The command failed each time; the message carries its output.
+    """
+    for crashes in range(tries - 1):
+        with contextlib.suppress(RuntimeError):
+            return {**_run_once(column, processes, arguments, timeout), "crashes": crashes}
+    return {**_run_once(column, processes, arguments, timeout), "crashes": tries - 1}
+
+
+def _run_once(column: Column, processes: int, arguments: tuple[str, ...], timeout: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        directory = Path(name)
+        out = directory / "result.json"
+        command = column.command(processes, directory, (*arguments, "--out", str(out)))
+        return execute(command, column.environment(processes), out, timeout)
+
+
+def execute(command: list[str], environment: Mapping[str, str], out: Path, timeout: float) -> dict[str, Any]:
+    """Run `command` and read the JSON that it leaves at `out`."""
+    started = time.monotonic()
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if done.returncode or not out.exists():
+        raise RuntimeError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(out.read_text())
+    return {**result, "started_at": started}

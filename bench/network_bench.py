@@ -1,0 +1,155 @@
+"""Two machines with a gigabit between them, made of two network namespaces: Paceline and DDP, both under torchrun.
+
+    sudo python bench/network_bench.py [--quick] [--rate 1gbit]
+
+A pair of virtual interfaces joins the namespaces, each end limited by a token bucket; one process on each side. Each side
+has a host name of its own, so nobody can take a short cut through shared memory: the bytes sent are counted and shown.
+Needs root and the tools `ip`, `tc` and `unshare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers import DDP, PACELINE, PEER, Column, execute
+from report import Bar, machine, median, show, write
+from workloads import WORKLOADS
+
+NOT_SLOWER = 1.0
+INTERFACE = "paceline0"
+TOOLS = ("ip", "tc", "unshare", "sh")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two pretended machines."""
+
+    namespace: str
+    address: str
+
+    def run(self, *command: str) -> None:
+        subprocess.run(["ip", "netns", "exec", self.namespace, *command], check=True, capture_output=True, text=True)
+
+    def wrap(self, command: list[str]) -> list[str]:
+        """`command` in this namespace, under a host name of its own."""
+        named = f'hostname {self.namespace} && exec "$@"'
+        return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", named, "sh", *command]
+
+    def bytes_sent(self) -> int:
+        path = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
+        done = subprocess.run(
+            ["ip", "netns", "exec", self.namespace, "cat", path], check=True, capture_output=True, text=True
+        )
+        return int(done.stdout)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rate", default="1gbit", help="as `tc` writes it (default: %(default)s)")
+    args = parser.parse_args(argv)
+    lacking = _lacking()
+    if lacking:
+        print(f"network: not measured, {lacking}")
+        return 0
+
+    rounds = 2 if args.quick else 5
+    here, rows, bars = machine(), [], []
+    with _two_machines(args.rate) as sides:
+        for workload in ("gpt10m",) if args.quick else ("digits", "mlp25m", "gpt10m"):
+            measured: dict[str, list[dict[str, Any]]] = {DDP.name: [], PACELINE.name: []}
+            for _ in range(rounds):
+                for column in (DDP, PACELINE):
+                    measured[column.name].append(_run(column, workload, sides))
+            speeds = {name: median([r["samples_per_second"] for r in results]) for name, results in measured.items()}
+            for name, results in measured.items():
+                sent = median([r["megabytes_per_step"] for r in results])
+                row = {"workload": workload, "peer": name, "rate": args.rate, "samples_per_second": speeds[name]}
+                ratio = speeds[name] / speeds[DDP.name]
+                rows.append({**row, "ratio": ratio, "MB per step": sent, "repetitions": results})
+            bars.append(Bar(f"{workload} at {args.rate}", NOT_SLOWER, speeds[PACELINE.name] / speeds[DDP.name]))
+    path = write("network", here, rows, bars)
+    columns = ("workload", "peer", "rate", "samples_per_second", "ratio", "MB per step")
+    show("Two machines, samples per second", rows, columns, bars, path)
+    return 0
+
+
+def _lacking() -> str:
+    """Why this cannot be measured here, or nothing."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"there is no {missing[0]}" if missing else ""
+
+
+@contextmanager
+def _two_machines(rate: str) -> Iterator[tuple[Side, Side]]:
+    """Namespaces, interfaces, limits; all gone afterwards, whatever happened."""
+    sides = Side(f"pl-bench-{os.getpid()}-a", "10.213.7.1"), Side(f"pl-bench-{os.getpid()}-b", "10.213.7.2")
+    try:
+        for side in sides:
+            _ip("netns", "add", side.namespace)
+        a, b = (side.namespace for side in sides)
+        _ip("link", "add", INTERFACE, "netns", a, "type", "veth", "peer", "name", INTERFACE, "netns", b)
+        for side in sides:
+            side.run("ip", "addr", "add", f"{side.address}/24", "dev", INTERFACE)
+            side.run("ip", "link", "set", "lo", "up")
+            side.run("ip", "link", "set", INTERFACE, "up")
+            limit = ("rate", rate, "burst", "1mb", "latency", "50ms")
+            side.run("tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
+        yield sides
+    finally:
+        for side in sides:
+            subprocess.run(["ip", "netns", "del", side.namespace], check=False, capture_output=True)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+def _run(column: Column, workload: str, sides: tuple[Side, Side]) -> dict[str, Any]:
+    """One run over both machines, each with half of the cores. Both peers get the same settings."""
+    first, second = sides
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        out = Path(name) / "result.json"
+        environment = column.environment(1) | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": str(threads)}
+        before = first.bytes_sent()
+        other = subprocess.Popen(
+            second.wrap(_torchrun(column, workload, first.address, 1, out)),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=name,
+        )
+        try:
+            command = first.wrap(_torchrun(column, workload, first.address, 0, out))
+            result = execute(command, environment, out, timeout=180)
+            other.wait(30)
+        finally:
+            other.kill()
+            other.wait()
+    work = WORKLOADS[workload]
+    steps = (work.warm_up + work.timed) * work.steps
+    return {**result, "megabytes_per_step": (first.bytes_sent() - before) / steps / 1e6}
+
+
+def _torchrun(column: Column, workload: str, address: str, node: int, out: Path) -> list[str]:
+    where = (f"--node-rank={node}", f"--master-addr={address}", "--master-port=29533")
+    script = (PEER, "--peer", column.peer, "--workload", workload, "--out", str(out))
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *where, *script]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""``make bench``: every benchmark, one after the other. What one of them cannot do here it says, and the others go on.
+
+python bench/run.py [--quick] [--only train start]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BENCHMARKS = {
+    "allreduce": "allreduce.py",
+    "train": "train_bench.py",
+    "plain": "plain_bench.py",
+    "start": "start_bench.py",
+    "network": "network_bench.py",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, two processes only")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    args = parser.parse_args()
+    failed = []
+    for name in args.only:
+        began = time.monotonic()
+        print(f"\n== {name}", flush=True)
+        code = subprocess.call([sys.executable, str(HERE / BENCHMARKS[name]), *(["--quick"] if args.quick else [])])
+        print(f"   {time.monotonic() - began:.0f} s", flush=True)
+        if code:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""An adopted loader: it iterates like the user's own and yields this rank's rows of each global batch.
+
+1. ``iter(feed)`` opens a pass. The data stream is captured if need be, and torch's own iterator is made over this rank's
+   loader (`inner`), whose sampler walks the user's (`walk`) or whose collate function cuts (`rows`).
+2. ``next()``: may the job stop here? Then the rows are read, with the board saying so; the job is told the batch's
+   ``Slice``, and the loop gets the rows as the user's ``collate_fn`` made them.
+3. A rank without a row in a batch (fewer rows than ranks) gets a phantom when one is wanted; otherwise the batch passes by.
+4. At the end the job is told the ``EpochEnd``. ``commit()``, called after an optimizer step, moves the position.
+
+A few things differ from one process, and must: random augmentation in the main process or in a map-style data set's
+workers draws from each rank's own stream; and a loop that evaluates batches with fewer rows than ranks goes round only
+where there is a row, which whatever depends on the number of rounds (a nested loop over another loader) will see.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from paceline.data.course import Course
+from paceline.data.inner import build, is_walked, refuse
+from paceline.data.loop import Hooks, Pass, Reader
+from paceline.data.position import Cursor, Origin, Position, Rewind, Sources, length_of
+from paceline.data.rows import EpochEnd, Slice
+from paceline.data.split import Cut
+from paceline.data.streams import Streams
+from paceline.data.walk import Walk
+from paceline.terms.activity import Activity, Board, Phase
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+def _always() -> bool:
+    return True
+
+
+class Feed(DataLoader[Any]):
+    """What ``job.adopt(loader)`` returns. Length, attributes and ``set_epoch`` of samplers are the user's loader's.
+
+    A ``DataLoader`` only so that ``isinstance`` says so: it has no settings of its own, every attribute is looked up in
+    the user's loader and set there.
+
+    Args:
+        loader: The user's; its batch size is global. Refused with AdoptError (PL305, PL306) where it cannot be divided.
+        rank, size: Which rows are read here.
+        streams: The job's data stream, shared by all its feeds.
+        index: Which of the job's loaders this is.
+        activity: Where reading is shown as ``Phase.INPUT``.
+        before_batch, want_phantom, on_batch, on_epoch: See :class:`~paceline.data.loop.Hooks`.
+        shares: Relative speeds of all ranks, for unequal pieces.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        rank: int,
+        size: int,
+        streams: Streams,
+        index: int = 0,
+        activity: Activity | None = None,
+        before_batch: Callable[[], None] = _nothing,
+        want_phantom: Callable[[], bool] = _always,
+        on_batch: Callable[[Slice], None] = _nothing,
+        on_epoch: Callable[[EpochEnd], None] = _nothing,
+        shares: Sequence[float] | None = None,
+    ) -> None:
+        # DataLoader's own constructor would make a second set of settings.
+        refuse(loader)
+        self._loader = loader
+        self._cut = Cut(rank, size, tuple(shares) if shares is not None else None)
+        self._streams = streams
+        self._index = index
+        self._activity = activity or Board.private(1).activity(0)
+        self._hooks = Hooks(before_batch, want_phantom, on_batch, on_epoch)
+        self._walked = is_walked(loader)
+        self._aligned = False
+        self._inner: tuple[DataLoader[Any], Walk | None] | None = None
+        self._epoch = -1
+        self._course: Course | None = None
+        self._origin: Origin | None = None
+        self._committed = Cursor()
+        self._resume: Position | None = None
+        # Weak: when the loop drops its iterator (`break`), the pass is over, and workers end as torch ends them.
+        self._pass: Callable[[], Pass | None] = _nothing
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._loader, name, value)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Pass:  # type: ignore[override]  # torch names its private class as the return type
+        self._streams.begin()
+        sources = self._sources()
+        if not self._aligned:
+            sources.align()
+            self._aligned = True
+        self.close()
+        course = self._open(sources)
+        with self._activity.during(Phase.INPUT, "starting the loader"):
+            new = self._start(course)
+        old = self._pass()
+        if old is not None and self._loader.persistent_workers:
+            old.heir = new
+        self._pass = weakref.ref(new)
+        return new
+
+    def commit(self) -> None:
+        """Say that everything the loop got so far has been trained on: the position moves here, and only here."""
+        if self._course is not None:
+            self._committed = self._course.seen
+
+    def close(self) -> None:
+        """Report a pass that was left early. Done by the next ``iter()`` too; a pass that still goes on after that is
+        reported again at its end."""
+        course = self._course
+        if course is not None and not course.reported:
+            course.reported = True
+            self._hooks.on_epoch(course.report())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The committed position, as JSON values. The data stream itself is saved by ``Streams.state_dict``."""
+        course = self._course
+        length, held = length_of(self._loader), tuple(self._sources().read_held())
+        if course is None or course.ended or self._pass() is None:
+            seen = course.seen if course else Cursor()
+            return Position(length, self._epoch, seen, False, None, held).to_json()
+        ahead = max(course.num_drawn, course.seen.batch) > self._committed.batch
+        return Position(length, self._epoch, self._committed, ahead, self._origin, held).to_json()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved position, with any number of ranks: the next ``iter()`` yields the batch after it.
+
+        Call it after ``Streams.load_state_dict``. Augmentation in workers begins with the seeds of the epoch's start.
+
+        Raises:
+            UsageError: The position is not one of this loader (PL308). That its *order* is another one is found by the
+                first ``next()`` (StepError, PL308).
+        """
+        position = Position.from_json(saved)
+        position.check(self._loader)
+        self._sources().write_held(position.held)
+        self._epoch = position.epoch
+        self._course = None
+        self._resume = position if position.begin else None
+
+    def _sources(self) -> Sources:
+        return Sources(self._loader, self._streams, walked=self._walked)
+
+    def _open(self, sources: Sources) -> Course:
+        """The course of a new pass, or of the one to be resumed."""
+        resumed, self._resume = self._resume, None
+        if resumed is None or resumed.begin is None:
+            self._epoch += 1
+            self._origin, self._committed = sources.snapshot(), Cursor()
+            self._course = Course(self._index, self._epoch)
+            return self._course
+        self._origin, self._committed = resumed.begin, resumed.cursor
+        rewind = Rewind(sources, resumed.begin)
+        self._course = Course(self._index, self._epoch, resumed.cursor, rewind, resumed.ahead)
+        return self._course
+
+    def _start(self, course: Course) -> Pass:
+        """Make torch's iterator, and with it the worker processes; catch up where there is no sampler to do it."""
+        inner, walk = self._built()
+        streams, workers = self._streams, self._loader.num_workers
+        counted = self._loader.batch_sampler is None or walk is None
+        if walk is not None:
+            walk.course = course
+            course.seen = course.skip
+            return self._pass_over(iter(inner), course, counted=counted)
+        # The data set is walked: starting it, torch's base_seed and (without workers) each row draw from the data stream.
+        rewind = course.rewind or nullcontext
+        with rewind(), streams.drawing():
+            new = self._pass_over(iter(inner), course, counted=counted)
+            if course.rewind:
+                new.catch_up()
+        if course.rewind and course.ahead and not workers:
+            course.rewind.stay()
+        return new
+
+    def _pass_over(self, rows: Iterator[Any], course: Course, *, counted: bool) -> Pass:
+        entered = self._streams.drawing if self._walked and not self._loader.num_workers else nullcontext
+        reader = Reader(rows, entered, counted, self._load, self._cut.rank)
+        return Pass(reader, course, self._hooks, self._activity)
+
+    def _built(self) -> tuple[DataLoader[Any], Walk | None]:
+        """This rank's loader: a new one each pass, as its settings may have changed; persistent workers stay."""
+        if self._inner is not None:
+            return self._inner
+        built = build(self._loader, self._cut, self._streams, self._hooks.want_phantom)
+        if self._loader.persistent_workers:
+            self._inner = built
+        return built
+
+    def _load(self, indices: Any) -> Any:
+        """Read rows here and now."""
+        return self._loader.collate_fn([self._loader.dataset[index] for index in indices])

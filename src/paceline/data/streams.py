@@ -1,0 +1,188 @@
+"""The data stream: the random numbers that orders are drawn from, the same on every rank.
+
+Under plain ``python`` samplers and models draw from the same global generators. Here these are two streams:
+
+1. At the first iteration of any adopted loader the global random state of rank 0 becomes the *data stream* of all.
+2. What decides about an order (starting a sampler, its draws, torch's ``base_seed``) runs inside :meth:`Streams.drawing`,
+   where the process's global generators are in the state of the data stream. So all loaders of the job draw from one
+   stream, in the order in which they would under plain ``python``.
+3. Everything else (dropout, noise, augmentation in the main process) draws from the *model stream*. Rank 0 keeps the
+   one it has; rank `r` > 0 is reseeded by a value derived from the captured state and `r`, so no two ranks drop the
+   same units.
+
+Orders equal those of plain ``python`` exactly where the model draws nothing between them; where it does, they are the
+same on all ranks, and another shuffle than one process would have seen. With one rank there is one stream, the
+process's own.
+
+[Note: the mark] A script may call ``torch.manual_seed`` again, before each epoch for instance; then it means the order
+too. The state of a model stream carries a mark where torch keeps the seed (``torch.initial_seed()`` returns it; no draw
+depends on it). A loader that begins and finds another number there knows that somebody reseeded, on every rank alike,
+and captures anew. A mark that returns (``torch.random.fork_rng``) brings its own data stream back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from paceline.data.generators import RandomState, derive, read, seed_all, write
+
+_REMEMBERED = 4  # streams of earlier marks: a fork returns to the one before
+_SEED_BYTES = 8  # torch keeps the seed in the first bytes of a CPU generator's state
+
+
+def _same(raw: bytes) -> bytes:
+    return raw
+
+
+class Streams:
+    """The data stream of a job and how this process enters and leaves it.
+
+    Args:
+        rank, size: Position of this process among the ranks.
+        share: Returns rank 0's bytes on every rank. A collective: called on all ranks at the same places.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, share: Callable[[bytes], bytes] = _same) -> None:
+        self._rank = rank
+        self._size = size
+        self._share = share
+        self._streams: dict[int, RandomState] = {}  # by mark, oldest first
+        self._mark = 0
+        self._installed = 0
+        self._own: RandomState | None = None  # the model stream, while inside of drawing()
+
+    def begin(self) -> None:
+        """Called when a loader begins: captures rank 0's state the first time, and again after a reseeding."""
+        if self._size == 1 or self._own is not None:
+            return
+        mark = torch.initial_seed()
+        if mark not in self._streams:
+            self.install(self._share(self.capture()))
+        elif mark != self._mark:
+            self._remember(mark, self._streams.pop(mark))
+
+    def capture(self) -> bytes:
+        """The process's global random state, as bytes that :meth:`install` takes on any rank."""
+        return json.dumps(RandomState.take().to_json()).encode()
+
+    def install(self, raw: bytes) -> None:
+        """Make `raw` the data stream, and this rank's model stream its own."""
+        # Counted: a fork that seeds with the same number again is another stream than the one it returns to.
+        self._installed += 1
+        self._install(derive(raw, self._installed), RandomState.from_json(json.loads(raw)))
+
+    def align(self, generators: Sequence[Any]) -> None:
+        """Give the generators that a loader holds rank 0's states. A collective unless there are none."""
+        if self._size == 1 or not generators:
+            return
+        shared = json.loads(self._share(json.dumps([read(g) for g in generators]).encode()))
+        for generator, state in zip(generators, shared, strict=True):
+            write(generator, state)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Inside, the process's global generators are the data stream."""
+        if self._size == 1 or self._own is not None:
+            yield
+            return
+        self._own = RandomState.take()
+        self._streams[self._mark].put()
+        try:
+            yield
+        finally:
+            self._streams[self._mark] = RandomState.take()
+            self._own.put()
+            self._own = None
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Back in the model stream for a while, inside of :meth:`drawing`."""
+        if self._own is None:
+            yield
+            return
+        data, own, self._own = RandomState.take(), self._own, None
+        self._streams[self._mark] = data
+        own.put()
+        try:
+            yield
+        finally:
+            self._own = RandomState.take()
+            self._streams[self._mark].put()
+
+    def snapshot(self) -> RandomState:
+        """The data stream as it is now."""
+        outside = self._size > 1 and self._own is None
+        return self._streams[self._mark] if outside and self._streams else RandomState.take()
+
+    def restore(self, state: RandomState) -> None:
+        """Let the data stream go on from `state`."""
+        if self._size == 1 or self._own is not None:
+            state.put()
+        else:
+            self._streams[self._mark] = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The data stream as JSON values; the same on every rank once a loader has begun."""
+        state = self.snapshot().to_json()
+        return {"mark": self._mark or derive(state), "state": state}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved data stream, with any number of ranks. Model streams start afresh from it.
+
+        Whoever also restores a rank's own generators does it after this call.
+        """
+        self._install(saved["mark"], RandomState.from_json(saved["state"]))
+
+    def _install(self, mark: int, state: RandomState) -> None:
+        if self._size == 1:
+            state.put()
+            return
+        self._remember(mark, state)
+        if self._rank:
+            seed_all(derive(mark, self._rank))
+        _write_mark(mark)
+
+    def _remember(self, mark: int, state: RandomState) -> None:
+        self._streams.pop(mark, None)
+        self._streams[mark] = state
+        self._mark = mark
+        if len(self._streams) > _REMEMBERED:
+            del self._streams[next(iter(self._streams))]
+
+
+class Aside:
+    """A stream of its own for some calls in a worker process, so that they do not move the one around them.
+
+    Args:
+        rank: Makes the stream differ between ranks whose workers have equal seeds.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._own: RandomState | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, the process's global generators are this stream."""
+        around = RandomState.take()
+        if self._own is None:
+            seed_all(derive(torch.initial_seed(), self._rank))
+        else:
+            self._own.put()
+        try:
+            yield
+        finally:
+            self._own = RandomState.take()
+            around.put()
+
+
+def _write_mark(mark: int) -> None:
+    """See [Note: the mark]: the engine's state stays as it is, only the seed that it reports changes."""
+    state = torch.default_generator.get_state()
+    state[:_SEED_BYTES] = torch.frombuffer(bytearray(mark.to_bytes(_SEED_BYTES, "little")), dtype=torch.uint8)
+    torch.default_generator.set_state(state)

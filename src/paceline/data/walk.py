@@ -1,0 +1,152 @@
+"""The walk over the user's sampler: every rank draws the whole global order and hands its loader its own indices.
+
+torch's iterator asks for indices through ``iter()`` and ``next()`` exactly as it would ask the user's sampler, in the
+same places, so the draws happen in plain ``python``'s order with or without worker processes:
+
+1. ``iter()`` of the user's sampler, then torch's ``base_seed``, both from the data stream. The second ``iter()`` that
+   torch makes when it has started workers is passed on too; it draws no second seed.
+2. ``next()``: the next global batch from the data stream (only the first one where the sampler is known to draw no more),
+   a checksum of its indices, and this rank's piece of it. A note about it waits in `Course.drawn` until the rows arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from paceline.data.course import Course, Drawn
+from paceline.data.generators import derive
+from paceline.data.order import KeyedSampler
+from paceline.data.rows import Slice
+from paceline.data.split import Cut
+from paceline.data.streams import Streams
+
+_END = object()
+_NOT_YET = object()
+_DRAW_AT_FIRST = (SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, KeyedSampler, list, tuple, range)
+
+
+class Walk:
+    """A batch sampler (or, where the loader does not batch, a sampler) for one rank's own loader.
+
+    Args:
+        sampler: The user's batch sampler or sampler.
+        batched: Whether its elements are lists of indices, to be cut.
+        generator: The user's generator for ``base_seed``, as in ``DataLoader(generator=...)``.
+        want_phantom: Whether a rank without a row needs one anyway.
+    """
+
+    def __init__(
+        self,
+        sampler: Iterable[Any],
+        cut: Cut,
+        streams: Streams,
+        *,
+        batched: bool,
+        generator: torch.Generator | None,
+        want_phantom: Callable[[], bool],
+    ) -> None:
+        self._sampler = sampler
+        self._cut = cut
+        self._streams = streams
+        self._batched = batched
+        self._generator = generator
+        self._want_phantom = want_phantom
+        self._draws_at_first = draws_at_first(sampler)
+        self._seeded = False
+        self.workers = torch.Generator()  # torch draws this rank's base_seed from it
+        self.course = Course(0, 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        rewind = self.course.rewind or nullcontext
+        with rewind(), self._streams.drawing():
+            indices = iter(self._sampler)
+            if not self._seeded:
+                self._seeded = True
+                self._seed_workers()
+        cut = self._cut_batches if self._batched else self._note_items
+        return cut(self._draw(indices, self.course), self.course)
+
+    def _seed_workers(self) -> None:
+        """Draw ``base_seed`` as torch would; rank 0's workers get it, others a seed of their own derived from it."""
+        source = self._generator or torch.default_generator
+        before = source.get_state()
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=source).item())
+        if self._cut.rank:
+            self.workers.manual_seed(derive(seed, self._cut.rank))
+        else:
+            self.workers.set_state(before)
+
+    def _draw(self, indices: Iterator[Any], course: Course) -> Iterator[Any]:
+        """The global order, from the batch at which the pass goes on."""
+        if self._batched:
+            indices = map(_sliceable, indices)
+        batch = self._catch_up(indices, course) if course.rewind else _NOT_YET
+        drawing: Callable[[], AbstractContextManager[None]] = self._streams.drawing
+        while batch is not _END:
+            if batch is not _NOT_YET:
+                course.draw(batch)
+                yield batch
+            with drawing():
+                batch = next(indices, _END)
+            if self._draws_at_first:
+                drawing = nullcontext
+
+    def _catch_up(self, indices: Iterator[Any], course: Course) -> Any:
+        """Draw again what was committed, and the first batch after it if it had been drawn already.
+
+        That batch is drawn from the past. So are all that follow, unless the sampler is known to have drawn everything
+        by then; other loaders' draws in between are lost in this one case. Whatever had not been drawn comes from the
+        present.
+        """
+        assert course.rewind is not None
+        with course.rewind(), self._streams.drawing():
+            for batch in islice(indices, course.skip.batch):
+                course.draw(batch)
+            following = next(indices, _END) if course.ahead else _NOT_YET
+        if course.ahead and not self._draws_at_first:
+            course.rewind.stay()
+        course.check_replay(course.order)
+        return following
+
+    def _cut_batches(self, batches: Iterator[Any], course: Course) -> Iterator[Any]:
+        number, position = course.skip.batch, course.skip.rows
+        for batch in batches:
+            rows = len(batch)
+            start, count = self._cut.of(rows, position)
+            phantom = not count
+            piece = Slice(course.loader, course.epoch, number, position, rows, start, count, phantom)
+            own = batch[:1] if phantom else batch if count == rows else batch[start : start + count]
+            number, position = number + 1, position + rows
+            wanted = not phantom or self._want_phantom()
+            course.drawn.append(Drawn(piece, own, course.order, wanted))
+            if wanted:
+                yield own
+
+    def _note_items(self, items: Iterator[Any], course: Course) -> Iterator[Any]:
+        for item in items:
+            course.drawn.append(Drawn(None, item, course.order))
+            yield item
+
+
+def draws_at_first(sampler: Iterable[Any]) -> bool:
+    """Whether all global draws of `sampler` are known to happen by its first element.
+
+    Then the process need not change streams for each batch. A sampler of the user's own may draw at any time.
+    """
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    if type(sampler) is RandomSampler:
+        once = not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
+        return sampler.generator is None or once
+    return type(sampler) in _DRAW_AT_FIRST
+
+
+def _sliceable(batch: Any) -> Any:
+    """A batch of indices that can be cut: samplers may yield any iterable."""
+    return batch if hasattr(batch, "__getitem__") and hasattr(batch, "__len__") else list(batch)

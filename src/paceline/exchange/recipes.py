@@ -1,0 +1,64 @@
+"""The known algorithms, each a few lines of links. Importing them does not import torch (note in ``exchange/link.py``).
+
+A recipe is a function that checks its arguments, spells them, and returns an :class:`Exchange`; adding one is one function
+here and its name in :data:`RECIPES`. The first line of its docstring is its line in ``paceline run --help``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Literal
+
+from paceline.exchange.allreduce import ALGORITHMS, AllReduceMean
+from paceline.exchange.arguments import one_of, positive, spell
+from paceline.exchange.chain import Exchange, chain, optimizer
+from paceline.exchange.codec import CODECS, Codec
+from paceline.terms.errors import UsageError
+
+
+def ddp(
+    codec: Literal["bf16", "fp16"] | Codec | None = None,
+    *,
+    algorithm: str = "auto",
+    params: Literal["private", "shared"] = "private",
+    bucket_mb: float | None = None,
+) -> Exchange:
+    """Synchronous data parallelism: every rank steps with the same mean gradient.
+
+    Gradients are exchanged bucket by bucket while backward runs, as the weighted mean over the global batch; every rank
+    then takes the step that one process would take on that batch. It wins whenever the model fits on each rank and the
+    wire keeps up with backward: nothing about the mathematics changes. It loses on slow or uneven links, where every
+    step waits for the slowest rank and for ``2 (n-1)/n`` times the gradient's bytes.
+
+    Args:
+        codec: ``bf16`` or ``fp16`` halve the bytes and round each element twice; they pay where the network is the limit,
+            not on one host. In Python any :class:`Codec`.
+        algorithm: How to all-reduce: ``auto`` (the wire's own), ``star``, ``ring``, ``tree``, ``halving``,
+            ``hierarchical`` (within hosts, then between them).
+        params: ``shared`` keeps one copy of parameters and optimizer state per host; every rank updates a slice.
+        bucket_mb: Upper bound of a bucket in MiB. Small buckets overlap sooner, large ones have fewer messages.
+
+    Raises:
+        UsageError: PL203, an argument has a value that it cannot have.
+    """
+    if not (codec is None or isinstance(codec, Codec)):
+        codec = CODECS[one_of("ddp", "codec", codec, CODECS)]()
+    one_of("ddp", "algorithm", algorithm, ALGORITHMS)
+    if codec is not None and algorithm != "auto":
+        said = "leave one of them out: coded sums travel in their own way, in which each rank merges one slice."
+        raise UsageError("PL203", f"ddp: algorithm={algorithm} cannot be combined with a codec", help=said)
+    one_of("ddp", "params", params, ("private", "shared"))
+    if bucket_mb is not None:
+        positive("ddp", "bucket_mb", bucket_mb)
+    word = codec.name if codec else None
+    text = spell(ddp, codec=word, algorithm=algorithm, params=params, bucket_mb=bucket_mb)
+    return Exchange(chain(AllReduceMean(codec, algorithm), optimizer), params, bucket_mb, text)
+
+
+RECIPES: dict[str, Callable[..., Exchange]] = {"ddp": ddp}
+
+
+def summaries() -> dict[str, str]:
+    """One line for each recipe."""
+    return {name: (inspect.getdoc(recipe) or "").partition("\n")[0] for name, recipe in RECIPES.items()}

@@ -1,0 +1,294 @@
+"""One buffer's all-reduce in shared memory: the state of it on this rank, in C or in Python.
+
+Both engines follow one protocol (kernel.c tells it) on one layout, so they can face each other, and both give
+``((B0 + B1) + B2) + ...`` in the order of ranks, then times ``divisor / sum of weights``: the same bits on all ranks, with
+either engine, in place or in one shot.
+
+bfloat16, float16: summed in float32 in rank order, scaled there, rounded once at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paceline.group.arena import LINE, Span, round_up
+from paceline.group.bell import Bell
+from paceline.group.kernel import BufferStruct, Kernel, WireStruct
+from paceline.terms.errors import StepError
+
+SHOT_NBYTES = 1 << 16
+"""Up to this size a buffer goes in one shot: every rank sums all of it, and nobody waits for somebody else's slice."""
+_READY, _DONE, _BAD, _HEADER = 0, 1, 2, 8  # words of a sheet
+_CHUNK = 1 << 16  # elements that Python sums at a time: they stay in the second cache
+_IN_C = (torch.float32, torch.float64)
+_IDLE, _STARTED, _SUMMED = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where one buffer lies, for all ranks. Offsets and strides in bytes.
+
+    Attributes:
+        payload: Span of the region; rank r's copy of the buffer begins at ``start + r * stride``.
+        low, high: This rank's slice, in elements.
+        sheet: Rank r's words and its two headers begin at ``r * sheet_stride``.
+        slots: Rank r's two slots for one shot begin at ``r * slot_stride``; None for sums in place.
+    """
+
+    rank: int
+    size: int
+    dtype: torch.dtype
+    numel: int
+    header_size: int
+    payload: Span
+    start: int
+    stride: int
+    low: int
+    high: int
+    sheet: Span
+    slots: Span | None
+
+    @property
+    def sheet_stride(self) -> int:
+        return sheet_nbytes(self.header_size)
+
+    @property
+    def slot_stride(self) -> int:
+        return slot_nbytes(self.numel, self.dtype)
+
+    def copy(self, rank: int) -> Tensor:
+        """Rank `rank`'s payload."""
+        return tensor_over(self.payload, self.start + rank * self.stride, self.numel, self.dtype)
+
+    def slot(self, rank: int, turn: int) -> Tensor:
+        """Rank `rank`'s slot for operations whose number is `turn` modulo 2."""
+        assert self.slots is not None
+        return tensor_over(self.slots, (2 * rank + turn) * self.slot_stride // 2, self.numel, self.dtype)
+
+
+def sheet_nbytes(header_size: int) -> int:
+    """Bytes of one rank's sheet: three words in a cache line of their own, and two headers."""
+    return round_up(8 * _HEADER + 16 * header_size, LINE)
+
+
+def slot_nbytes(numel: int, dtype: torch.dtype) -> int:
+    """Bytes of one rank's pair of slots."""
+    return 2 * round_up(numel * dtype.itemsize, LINE)
+
+
+def one_shot(numel: int, dtype: torch.dtype) -> bool:
+    """Whether a buffer is small enough to be read whole by every rank."""
+    return numel * dtype.itemsize <= SHOT_NBYTES
+
+
+def slices(start: int, numel: int, itemsize: int, size: int) -> list[tuple[int, int]]:
+    """Each rank's share of a buffer that begins `start` bytes into a page, in elements; borders on cache lines.
+
+    Every element is in exactly one slice. Slices may be empty where there are fewer lines than ranks.
+    """
+    line = max(1, LINE // itemsize)
+    shift = start // itemsize % line
+    borders = [max(0, (shift + numel * r // size) // line * line - shift) for r in range(size)] + [numel]
+    return list(itertools.pairwise(borders))
+
+
+def tensor_over(span: Span, start: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """`numel` elements of shared memory as a tensor, which keeps the mapping alive."""
+    if numel == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(span.memory, dtype=dtype, count=numel, offset=start)
+
+
+class Sum:
+    """What both engines have in common: the header's way in, and whose turn it is."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._pack = struct.Struct(f"{layout.header_size}d").pack_into
+        own = 8 * _HEADER + layout.rank * layout.sheet_stride
+        self._own_headers = (own, own + 8 * layout.header_size)
+
+    def put_header(self, header: Sequence[float], turn: int) -> None:
+        if len(header) != self.layout.header_size:
+            raise ValueError(f"this buffer's header has {self.layout.header_size} numbers, {len(header)} were given")
+        self._pack(self.layout.sheet.memory, self._own_headers[turn], *header)
+
+    def start(self, header: Sequence[float], divisor: float | None) -> None:
+        """Publish this rank's payload. Does not wait."""
+        raise NotImplementedError
+
+    def advance(self) -> bool:
+        """Do what can be done without waiting; True when the buffer holds the result."""
+        raise NotImplementedError
+
+    def missing(self) -> int:
+        """Bit mask of the ranks that are waited for."""
+        raise NotImplementedError
+
+    def result(self) -> tuple[list[float], bool]:
+        """The header's sums, and whether the payload has a value that is not finite."""
+        raise NotImplementedError
+
+
+def under_way(layout: Layout) -> StepError:
+    return StepError(
+        "PL410", f"the exchange of a buffer of {layout.numel} elements was started again before it was done"
+    )
+
+
+class KernelSum(Sum):
+    """The engine in C, for float32 and float64."""
+
+    def __init__(self, layout: Layout, kernel: Kernel, wire: WireStruct) -> None:
+        super().__init__(layout)
+        self._wire_struct = wire  # kept: the kernel holds its address
+        self._wire = ctypes.addressof(wire)
+        self._start, self._poll, self._missing = kernel.start, kernel.poll, kernel.missing
+        self._sums = (ctypes.c_double * layout.header_size)()
+        self._struct = BufferStruct(
+            payload=layout.payload.address + layout.start,
+            sheet=layout.sheet.address,
+            slots=layout.slots.address if layout.slots is not None else None,
+            sums=ctypes.addressof(self._sums),
+            payload_stride=layout.stride,
+            sheet_stride=layout.sheet_stride,
+            slot_stride=layout.slot_stride,
+            numel=layout.numel,
+            low=layout.low,
+            high=layout.high,
+            header_size=layout.header_size,
+            doubles=layout.dtype == torch.float64,
+        )
+        self.address = ctypes.addressof(self._struct)
+
+    @staticmethod
+    def takes(dtype: torch.dtype) -> bool:
+        """Whether the kernel can add elements of this type."""
+        return dtype in _IN_C
+
+    def start(self, header: Sequence[float], divisor: float | None) -> None:
+        if self._struct.stage != _IDLE:
+            raise under_way(self.layout)
+        self.put_header(header, (self._struct.count + 1) & 1)
+        self._start(self._wire, self.address, divisor or 0.0, divisor is not None)
+
+    def advance(self) -> bool:
+        return self._struct.stage == _IDLE or self._poll(self._wire, self.address) != 0
+
+    def missing(self) -> int:
+        return self._missing(self._wire, self.address)
+
+    def result(self) -> tuple[list[float], bool]:
+        return self._sums[:], self._struct.nonfinite != 0
+
+
+class PureSum(Sum):
+    """The engine in Python and torch, for every dtype."""
+
+    def __init__(self, layout: Layout, bell: Bell) -> None:
+        super().__init__(layout)
+        self._bell = bell
+        self._count, self._stage = 0, _IDLE
+        self._divisor: float | None = None
+        self._sums: list[float] = []
+        self._nonfinite = False
+        self._copies = [layout.copy(r) for r in range(layout.size)]
+        self._slots = [[layout.slot(r, turn) for r in range(layout.size)] for turn in (0, 1)] if layout.slots else None
+        half = layout.dtype in (torch.bfloat16, torch.float16)
+        self._sum = torch.empty(min(_CHUNK, layout.numel), dtype=torch.float32 if half else layout.dtype)
+        self._zeros = torch.zeros_like(self._sum)
+
+    def start(self, header: Sequence[float], divisor: float | None) -> None:
+        if self._stage != _IDLE:
+            raise under_way(self.layout)
+        count = self._count + 1
+        self.put_header(header, count & 1)
+        if self._slots is not None:
+            self._slots[count & 1][self.layout.rank].copy_(self._copies[self.layout.rank])
+        self._count, self._divisor, self._stage = count, divisor, _STARTED
+        self._publish(_READY)
+
+    def advance(self) -> bool:
+        rank = self.layout.rank
+        if self._stage == _STARTED:
+            if not self._all(_READY):
+                return False
+            self._sums = self._sum_headers()
+            if self._slots is not None:
+                self._nonfinite = self._combine(
+                    self._slots[self._count & 1], [self._copies[rank]], 0, self.layout.numel
+                )
+                self._stage = _IDLE
+                return True
+            bad = self._combine(self._copies, self._copies, self.layout.low, self.layout.high)
+            self.layout.sheet.words[self._word(rank, _BAD)] = bad
+            self._stage = _SUMMED
+            self._publish(_DONE)
+        if self._stage == _SUMMED:
+            if not self._all(_DONE):
+                return False
+            words = self.layout.sheet.words
+            self._nonfinite = any(words[self._word(r, _BAD)] for r in range(self.layout.size))
+            self._stage = _IDLE
+        return True
+
+    def missing(self) -> int:
+        word = _READY if self._stage == _STARTED else _DONE
+        return sum(1 << r for r in range(self.layout.size) if self._stage != _IDLE and not self._reached(r, word))
+
+    def result(self) -> tuple[list[float], bool]:
+        return self._sums, self._nonfinite
+
+    def _word(self, rank: int, word: int) -> int:
+        return rank * self.layout.sheet_stride // 8 + word
+
+    def _publish(self, word: int) -> None:
+        self._bell.publish(self.layout.sheet, self._word(self.layout.rank, word), self._count)
+
+    def _reached(self, rank: int, word: int) -> bool:
+        return self._bell.load(self.layout.sheet, self._word(rank, word)) >= self._count
+
+    def _all(self, word: int) -> bool:
+        return all(self._reached(r, word) for r in range(self.layout.size))
+
+    def _sum_headers(self) -> list[float]:
+        size = self.layout.header_size
+        start = 8 * _HEADER + 8 * size * (self._count & 1)
+        headers = (
+            struct.unpack_from(f"{size}d", self.layout.sheet.memory, start + r * self.layout.sheet_stride)
+            for r in range(self.layout.size)
+        )
+        sums = list(next(headers))
+        for header in headers:  # one by one, in rank order: `sum` of newer Pythons rounds differently
+            for i, number in enumerate(header):
+                sums[i] += number
+        return sums
+
+    def _scale(self) -> float:
+        if self._divisor is None or self._sums[0] == 0.0:
+            return 1.0
+        return self._divisor / self._sums[0]
+
+    def _combine(self, sources: list[Tensor], targets: list[Tensor], low: int, high: int) -> bool:
+        """Every target = sum of sources in this order, times the scale. True: a value is not finite."""
+        scale, bad = self._scale(), False
+        for at in range(low, high, _CHUNK):
+            part = slice(at, min(at + _CHUNK, high))
+            total = self._sum[: part.stop - at].copy_(sources[0][part])
+            for source in sources[1:]:
+                total += source[part]
+            if scale != 1.0:
+                total *= scale
+            if total.is_floating_point():  # 0 * x is 0, or NaN where x is not finite: one pass, no temporary
+                bad |= not math.isfinite(torch.dot(total, self._zeros[: total.numel()]).item())
+            for target in targets:
+                target[part].copy_(total)
+        return bad

@@ -1,0 +1,227 @@
+"""One rank as the launcher sees it: a process in a session of its own, and the pipes between the two.
+
+* its output, which goes to the screen and, as it came, to ``logs/<name>.log``;
+* its *reports*: JSON lines that must arrive even when the disk is full: faults, notices, the end, a result;
+* its *life line*: a pipe that only the launcher holds the other end of, see ``worker``.
+
+A rank may have children of its own (loader workers). They are in its session, and end with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paceline.launch.rundir import ProcessEntry, now_text, start_ticks
+
+_PIECE = 1 << 16
+_LONGEST_LINE = 1 << 20  # a line without an end is cut, so that memory stays bounded
+
+
+@dataclass(eq=False)
+class Lines:
+    """Cuts a stream of bytes into lines."""
+
+    pending: bytes = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that `data` completes."""
+        *whole, self.pending = (self.pending + data).split(b"\n")
+        if len(self.pending) > _LONGEST_LINE:
+            whole.append(self.pending)
+            self.pending = b""
+        return [line.decode("utf-8", "replace") for line in whole]
+
+    def rest(self) -> list[str]:
+        """What came after the last line's end."""
+        left, self.pending = self.pending, b""
+        return [left.decode("utf-8", "replace")] if left else []
+
+
+@dataclass(eq=False)
+class Child:
+    """A rank's process.
+
+    Attributes:
+        rank, name, incarnation: Who it is.
+        popen: The process; a session and process group of its own.
+        pidfd: Becomes readable when it ends.
+        status: Exit status, ``-N`` for signal N, or None while it lives.
+    """
+
+    rank: int
+    name: str
+    incarnation: str
+    popen: subprocess.Popen[bytes]
+    pidfd: int
+    report_fd: int
+    life_fd: int
+    log_fd: int = -1
+    status: int | None = None
+    started: str = field(default_factory=now_text)
+    lines: dict[int, Lines] = field(default_factory=dict)
+    reports: Lines = field(default_factory=Lines)
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """Descriptors of its standard output and error."""
+        assert self.popen.stdout is not None
+        assert self.popen.stderr is not None
+        return self.popen.stdout.fileno(), self.popen.stderr.fileno()
+
+    def entry(self, host: str) -> ProcessEntry:
+        """Its line in ``processes.json``."""
+        pid = self.popen.pid
+        return ProcessEntry(self.name, "worker", self.rank, pid, self.incarnation, host, self.started, start_ticks(pid))
+
+    # -- reading
+    def read_output(self, fd: int, failed: Callable[[OSError], None]) -> tuple[list[str], bool]:
+        """Lines that have come, and whether more may come. `failed` is told once when the log cannot be written."""
+        data = _read(fd)
+        if data is None:
+            return [], True
+        if data and self.log_fd >= 0:
+            self._log(data, failed)
+        cutter = self.lines.setdefault(fd, Lines())
+        return (cutter.feed(data), True) if data else (cutter.rest(), False)
+
+    def read_reports(self) -> tuple[list[dict[str, Any]], bool]:
+        """Reports that have come, and whether more may come."""
+        data = _read(self.report_fd)
+        if data is None:
+            return [], True
+        return [json.loads(line) for line in self.reports.feed(data)], bool(data)
+
+    def _log(self, data: bytes, failed: Callable[[OSError], None]) -> None:
+        try:
+            os.write(self.log_fd, data)
+        except OSError as error:
+            os.close(self.log_fd)
+            self.log_fd = -1
+            failed(error)
+
+    # -- ending
+    def signal(self, number: int, *, alone: bool = False) -> None:
+        """Send a signal to its process group, or only to itself. Nothing happens once it has ended."""
+        if self.status is not None:
+            return
+        try:
+            os.kill(self.popen.pid, number) if alone else os.killpg(self.popen.pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def final_status(self) -> int:
+        """How it has ended, or is about to: waits for the end, and leaves the process as a zombie."""
+        seen = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOWAIT)
+        assert seen is not None
+        return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
+
+    def reap(self) -> None:
+        """Wait for the end, and end what the process has left behind.
+
+        While it is a zombie its number cannot be used anew, so its group and session are ended first.
+        """
+        if self.status is None:
+            self.final_status()
+            _end_session(self.popen.pid)
+            self.status = self.popen.wait()
+
+    def close(self) -> None:
+        """Close the descriptors. Idempotent; the process must have ended."""
+        for stream in (self.popen.stdout, self.popen.stderr):
+            if stream is not None:
+                stream.close()
+        for name in ("pidfd", "report_fd", "life_fd", "log_fd"):
+            fd: int = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+
+def spawn(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    handoff: Callable[[int, int], tuple[str, str]],
+    inherit: Sequence[int],
+    *,
+    rank: int,
+    name: str,
+    incarnation: str,
+) -> Child:
+    """Start one rank.
+
+    Args:
+        command: The interpreter and its arguments.
+        environ: Its environment.
+        handoff: Given the descriptors of its life line and its reports, the variable that names its place.
+        inherit: Further descriptors.
+        rank, name, incarnation: Who it is.
+
+    Raises:
+        OSError: The system does not give a process or a descriptor.
+    """
+    life_reader, life_writer = os.pipe()
+    report_reader, report_writer = os.pipe()
+    try:
+        variable, value = handoff(life_reader, report_writer)
+        popen = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=(life_reader, report_writer, *inherit),
+            env={**environ, variable: value},
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(life_writer)
+        os.close(report_reader)
+        raise
+    finally:
+        os.close(life_reader)
+        os.close(report_writer)
+    child = Child(rank, name, incarnation, popen, os.pidfd_open(popen.pid), report_reader, life_writer)
+    for fd in (*child.outputs, report_reader):
+        os.set_blocking(fd, False)
+    return child
+
+
+def _read(fd: int) -> bytes | None:
+    """Bytes, ``b""`` at the end, None when there is nothing yet."""
+    try:
+        return os.read(fd, _PIECE)
+    except BlockingIOError:
+        return None
+
+
+def _end_session(leader: int) -> None:
+    """SIGKILL to every process of the session of `leader`, in whatever group it is."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    for pid in _session(leader):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def _session(leader: int) -> list[int]:
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != leader:
+            try:
+                fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == leader and fields[0] != "Z":
+                found.append(int(entry))
+    return found

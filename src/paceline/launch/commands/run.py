@@ -1,0 +1,201 @@
+"""``paceline run SCRIPT -n 4``: decide the plan, make the run directory, start, show, and say how it ended."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paceline import __version__
+from paceline.launch import env, plan_file
+from paceline.launch.rundir import RunDirectory, choose_path, now_text
+from paceline.launch.tuning import Machine, Settings, allow_files, check_processes, choose
+from paceline.terms.errors import UsageError
+from paceline.terms.plan import Plan
+
+if TYPE_CHECKING:
+    from paceline.launch.console import Console
+
+_DEFAULT = "ddp()"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("script", nargs="?", help="the training script; its own arguments go after --")
+    add("-n", "--processes", type=int, metavar="N", help="how many processes (default: 1)")
+    add("--strategy", metavar="TEXT", help="e.g. 'ddp(codec=bf16)'; stronger than the script's own")
+    add("--seed", type=int, help="seed torch, NumPy and random before the script starts")
+    add("--name", help="of the run: runs/NAME")
+    add("--run-dir", metavar="DIR", help="where everything of this run goes, instead of runs/NAME")
+    add("--threads", type=int, metavar="T", help="threads of each process (default: its share of the cores)")
+    add("--wire", choices=["auto", "shm", "torch"], help="what the processes exchange through (default: auto)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="environment of each process; may be repeated")
+    add("--stop-on-nan", action="store_true", default=None, help="end the run when a gradient is not finite")
+    add("--hang-after", type=float, metavar="SECONDS", help="report a standstill after so long")
+    add("--plan", type=Path, metavar="FILE", help="repeat the run of a plan.toml; flags given here are stronger")
+    if "-h" in sys.argv or "--help" in sys.argv:
+        from paceline.exchange.recipes import RECIPES
+
+        parser.epilog = f"strategies: {', '.join(sorted(RECIPES))}"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run, and return the exit code of ``cli``."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the kernel forgets how processes ended
+    _refuse_second_launcher()
+    resolved = resolve(args)
+    path = choose_path(resolved.plan.script, args.name, args.run_dir)
+    _first_line(resolved, path, args.format == "json")
+    run = RunDirectory.create(path, resolved.plan, _record(resolved.plan))
+    allow_files(resolved.plan.processes)
+    return _execute(resolved, run, path, args)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A plan with what it was made of.
+
+    Attributes:
+        plan: ``strategy`` is empty when the script decides.
+        settings: What every rank is given, and what was left as it was.
+    """
+
+    plan: Plan
+    settings: Settings
+
+
+def resolve(args: argparse.Namespace) -> Resolved:
+    """Flags, then the plan file, then the defaults, checked.
+
+    Raises:
+        UsageError: PL101, PL103, PL105, PL110 or PL2xx.
+    """
+    base = plan_file.read(args.plan) if args.plan is not None else Plan(script="", strategy="")
+    flags = {
+        "script": args.script,
+        "script_args": tuple(args.script_args) or None,
+        "processes": args.processes,
+        "strategy": args.strategy,
+        "seed": args.seed,
+        "wire": args.wire,
+        "stop_on_nan": args.stop_on_nan,
+    }
+    plan = replace(base, **{name: value for name, value in flags.items() if value is not None})
+    if not plan.script:
+        raise UsageError("PL101", "no script was given", help="`paceline run train.py -n 4`, or `--plan FILE`.")
+    _check_script(plan.script)
+    check_processes(plan.processes)
+    _check_numbers(args)
+    if plan.strategy:
+        from paceline.exchange.strategy import check
+
+        plan = replace(plan, strategy=check(plan.strategy))
+    overrides = dict(plan.settings) | _assignments(args.set)
+    if args.threads is not None:
+        overrides.pop("OMP_NUM_THREADS", None)
+    settings = choose(Machine.here(), plan.processes, os.environ, threads=args.threads, overrides=overrides)
+    return Resolved(replace(plan, threads=settings.threads, settings=settings.given), settings)
+
+
+def _check_script(script: str) -> None:
+    path = Path(script)
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        near = sorted(p.name for p in path.parent.glob("*.py"))[:5] if path.parent.is_dir() else []
+        help = f"{path.parent} has {', '.join(near)}." if near else None
+        raise UsageError("PL101", f"{script}: {error.strerror}", help=help) from error
+    try:
+        compile(source, script, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UsageError("PL110", f"{script}{line}: {getattr(error, 'msg', error)}") from error
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, value in (("--threads", args.threads), ("--hang-after", args.hang_after)):
+        if value is not None and not value > 0:
+            raise UsageError("PL105", f"{name} {value}: a number above 0 is needed")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UsageError("PL105", f"--seed {args.seed}: a number from 0 to 2**63 - 1 is needed")
+
+
+def _assignments(texts: list[str]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError("PL105", f"--set {text}: this is not KEY=VALUE")
+        found[name] = value
+    return found
+
+
+def _refuse_second_launcher() -> None:
+    """``srun -n 4 paceline run -n 2`` would be four worlds of two that know nothing of each other."""
+    place = env.place(os.environ)
+    if place.size > 1:
+        raise UsageError(
+            "PL104",
+            f"this is already process {place.rank} of {place.size} of {place.launcher}",
+            help="start the script itself there, `python train.py`: it joins the others; or use `paceline run` alone.",
+        )
+
+
+def _first_line(resolved: Resolved, path: Path, as_json: bool) -> None:
+    """Before anything slow. What is not usual about the ranks' environment is said too: it changes how they run."""
+    if as_json:
+        return
+    plan = resolved.plan
+    strategy = plan.strategy or f"{_DEFAULT} unless the script says otherwise"
+    count = f"{plan.processes} process{'es' if plan.processes > 1 else ''}"
+    print(f"paceline {__version__} · {plan.script} · {count} · {strategy} · {path}", flush=True)
+    print(f"settings: {resolved.settings} (change with --set KEY=VALUE)", flush=True)
+
+
+def _record(plan: Plan) -> dict[str, Any]:
+    machine = Machine.here()
+    return {
+        "argv": sys.argv,
+        "cwd": os.getcwd(),
+        "seed": plan.seed,
+        "versions": {"paceline": __version__, "python": sys.version.split()[0]},
+        "machine": {"host": socket.gethostname(), "cores": machine.cores, "memory": machine.memory},
+        "started": now_text(),
+    }
+
+
+def _execute(resolved: Resolved, run: RunDirectory, path: Path, args: argparse.Namespace) -> int:
+    from paceline.launch.console import Console
+    from paceline.launch.local import Launcher, Order
+    from paceline.launch.signals import ALL
+
+    began = time.monotonic()
+    given = bool(resolved.plan.strategy)
+    console = Console(resolved.plan, path, as_json=args.format == "json")
+    run.complain = lambda text: console.say([text])
+    launcher = Launcher(Order(resolved.plan, given, hang_after=args.hang_after), console, run, ALL)
+    try:
+        outcome = launcher.execute(started=lambda: _after_start(run, console))
+        console.conclude(outcome, time.monotonic() - began)
+    except UsageError:
+        run.update(state="failed", exit_code=2, ended=now_text())
+        raise
+    finally:
+        console.close()
+    return outcome.exit_code
+
+
+def _after_start(run: RunDirectory, console: Console) -> None:
+    """What is slow to find out, and to load, while the ranks are starting."""
+    import platform
+    from importlib.metadata import version
+
+    versions = {"paceline": __version__, "python": platform.python_version(), "torch": version("torch")}
+    run.update(versions=versions, platform=platform.platform())
+    console.open()

@@ -1,0 +1,108 @@
+"""The run on the terminal: what ``local`` hears goes through folding to the screen, and at the end it says how it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paceline.launch.local import Outcome
+from paceline.observe import failure
+from paceline.observe.output import Folder, Line
+from paceline.observe.screen import Screen
+from paceline.observe.tail import Values
+from paceline.observe.words import duration
+from paceline.terms.activity import Snapshot
+from paceline.terms.plan import Plan
+
+
+class Console:
+    """A :class:`~paceline.launch.local.View` on the terminal.
+
+    Args:
+        plan: What runs.
+        path: The run directory, as the user would type it.
+        as_json: One JSON object a line instead of text for people.
+    """
+
+    def __init__(self, plan: Plan, path: Path, as_json: bool) -> None:
+        self._plan, self._path = plan, path
+        self._as_json = as_json
+        self._folder = Folder(plan.processes)
+        self._values = Values(path / "events", plan.processes)
+        self._screen: Screen | None = None
+        self._snapshots: Sequence[Snapshot] = ()
+
+    def open(self) -> None:
+        """Begin to draw."""
+        self._screen = Screen(self._plan.processes, mode="json" if self._as_json else "auto")
+
+    @property
+    def screen(self) -> Screen:
+        if self._screen is None:
+            self.open()
+        assert self._screen is not None
+        return self._screen
+
+    def output(self, rank: int, line: str, stream: str) -> None:
+        self._folder.feed(rank, line, stream, time.monotonic())
+
+    def say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.screen.line(line)
+
+    def report(self, rank: int, report: Mapping[str, Any]) -> None:
+        """Notices are folded like output: several ranks may have the same to say."""
+        if report["kind"] == "notice" and report.get("message"):
+            code = report.get("code")
+            text = f"warning[{code}]: {report['message']}" if code else str(report["message"])
+            self.output(rank, text, "stderr")
+        if report["kind"] == "adopt" and rank == 0:
+            self.say([f"{report.get('describe') or report.get('strategy')} · wire {report.get('wire')}"])
+
+    def beat(self, snapshots: Sequence[Snapshot], now: float) -> None:
+        self._snapshots = snapshots
+        self._show(self._folder.due(now))
+        self._values.poll()
+        self.screen.update(snapshots, self._values.latest(), now)
+
+    def conclude(self, outcome: Outcome, seconds: float) -> None:
+        """The last words."""
+        self._show(self._folder.flush())
+        self._values.drain()
+        values = {name: summary.last for name, summary in self._values.summary().items()}
+        data = {
+            "state": outcome.state,
+            "exit_code": outcome.exit_code,
+            "run_dir": str(self._path),
+            "seconds": seconds,
+            "values": values,
+            "failures": list(outcome.failures),
+            "mistake": outcome.mistake.code if outcome.mistake is not None else None,
+        }
+        lines = self._good(outcome, seconds, values) if outcome.exit_code == 0 else self._bad(outcome, seconds)
+        self.screen.finish(lines, data, err=outcome.exit_code != 0)
+
+    def close(self) -> None:
+        self.screen.close()
+
+    def _show(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            self.screen.line(line.text, line.label or None, line.err)
+
+    def _good(self, outcome: Outcome, seconds: float, values: Mapping[str, float]) -> list[str]:
+        steps = max((s.step for s in self._snapshots), default=0)
+        parts = [f"{outcome.state} in {duration(seconds)}", *([f"{steps} steps"] if steps else [])]
+        return [" · ".join([*parts, *(f"{name} {value:.4g}" for name, value in values.items()), str(self._path)])]
+
+    def _bad(self, outcome: Outcome, seconds: float) -> list[str]:
+        """The cause stands last."""
+        head = f"{outcome.state} after {duration(seconds)} · {self._path}"
+        if outcome.asked:
+            own = [f for f in outcome.failures if not f.get("witness") and f.get("type") != "KeyboardInterrupt"]
+            own = [f for f in own if failure.code(f) not in ("PL403", "PL404") and f.get("exit") != 130]
+            return [*failure.render(own, self._plan.processes), head]
+        if outcome.mistake is not None:
+            return [head, *outcome.mistake.render(), f"  more: paceline explain {outcome.mistake.code}"]
+        return [head, *failure.render(outcome.failures, self._plan.processes)]

@@ -1,0 +1,195 @@
+"""How a run ends. Pure: exits, signals and findings go in with their time, instructions come out.
+
+A run ends by itself, because a rank failed, because a mistake was recognised, or because somebody asked for it. However it
+ends, it does so in bounded steps, each harsher than the last:
+
+1. *stopping*: asked to end at the next step boundary; no deadline for Ctrl-C, :data:`TERM_DEADLINE` for SIGTERM;
+2. *aborting*: whoever waits stops waiting; ranks have :data:`WITNESS_GRACE` to say what they saw and end,
+   :data:`FAREWELL_GRACE` where an exception was the cause;
+3. *terminating*: SIGTERM to the process groups that are left, and :data:`TERM_GRACE` later
+4. *killing*: SIGKILL.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from paceline.observe.failure import Record, code
+from paceline.observe.hang import Finding
+from paceline.observe.words import ranks, verb
+
+WITNESS_GRACE = 1.0
+FAREWELL_GRACE = 5.0
+TERM_GRACE = 0.5
+KEYBOARD_GRACE = 3.0  # for a KeyboardInterrupt to unwind a script that has no step boundary
+TERM_DEADLINE = 10.0
+
+OK, FAILED, REFUSED, LOST, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
+"""Exit codes of ``paceline run``."""
+
+
+class Stage(IntEnum):
+    RUNNING = 0
+    STOPPING = 1
+    ABORTING = 2
+    TERMINATING = 3
+    KILLING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStop:
+    """Ask the ranks to end at their next step boundary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Make whoever waits stop waiting; `lost` names the rank that ended, if one did."""
+
+    lost: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Send a signal to every rank that lives: to its whole process group, or (`alone`) to the rank itself."""
+
+    number: int
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Tell the person at the terminal."""
+
+    text: str
+
+
+Action = RequestStop | Abort | Signal | Say
+
+
+class Ending:
+    """Decides what happens next. Every method returns what is to be done now, in order."""
+
+    def __init__(self) -> None:
+        self.stage = Stage.RUNNING
+        self.asked = 0
+        self.deadline: float | None = None
+
+    @property
+    def ours(self) -> bool:
+        """What ends from now on ends because of us, so it is a witness and not a cause."""
+        return self.stage >= Stage.ABORTING
+
+    def exited(self, rank: int, status: int, now: float) -> list[Action]:
+        """A rank has ended, by itself (`status` 0 or more) or by signal ``-status``."""
+        if status == 0 or self.ours:
+            return []
+        return self._abort(now, WITNESS_GRACE, rank)
+
+    def failed(self, rank: int, now: float) -> list[Action]:
+        """A rank reports an exception. It may have a farewell of its own to say: exit handlers that upload, for example."""
+        return [] if self.ours else self._abort(now, FAREWELL_GRACE, rank)
+
+    def mistake(self, now: float) -> list[Action]:
+        """The observer recognised something that no rank will ever get out of."""
+        return [] if self.ours else self._abort(now, WITNESS_GRACE)
+
+    def signalled(self, number: int, now: float, in_loop: bool) -> list[Action]:
+        """The launcher got SIGINT, SIGTERM or SIGHUP. `in_loop`: some rank has adopted, so step boundaries will come."""
+        self.asked = self.asked or number
+        if self.stage == Stage.KILLING:
+            return []
+        if self.stage == Stage.TERMINATING:
+            return self._kill()
+        if self.stage == Stage.STOPPING:
+            return [Say("stopping now; press again to kill"), Abort(), *self._terminate(now)]
+        if self.stage == Stage.ABORTING:
+            return self._terminate(now)
+        return self._stop(now, number, in_loop)
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed."""
+        if self.deadline is None or now < self.deadline:
+            return []
+        if self.stage == Stage.STOPPING:
+            return self._abort(now, WITNESS_GRACE)
+        return self._terminate(now) if self.stage == Stage.ABORTING else self._kill()
+
+    def _stop(self, now: float, number: int, in_loop: bool) -> list[Action]:
+        if not in_loop:
+            self.stage, self.deadline = Stage.STOPPING, now + KEYBOARD_GRACE
+            return [Say("stopping: no rank is in its loop yet"), RequestStop(), Signal(signal.SIGINT, alone=True)]
+        self.stage = Stage.STOPPING
+        if number == signal.SIGINT:
+            return [Say("stopping at the next step; press again to stop now"), RequestStop()]
+        self.deadline = now + TERM_DEADLINE
+        return [Say(f"stopping at the next step, within {TERM_DEADLINE:.0f} s"), RequestStop()]
+
+    def _abort(self, now: float, grace: float, lost: int = -1) -> list[Action]:
+        self.stage, self.deadline = Stage.ABORTING, now + grace
+        return [Abort(lost)]
+
+    def _terminate(self, now: float) -> list[Action]:
+        self.stage, self.deadline = Stage.TERMINATING, now + TERM_GRACE
+        return [Signal(signal.SIGTERM)]
+
+    def _kill(self) -> list[Action]:
+        self.stage, self.deadline = Stage.KILLING, None
+        return [Signal(signal.SIGKILL)]
+
+
+# ---- what it was ----------------------------------------------------------------------------------------------------
+_WITNESSES = ("PL403", "PL404")
+_ECHOES = ("PL406",)  # a collective library that complains as it does when a peer dies
+
+
+def cause(failures: Sequence[Record]) -> Record | None:
+    """The earliest failure that is not the consequence of another."""
+    ordered = sorted(failures, key=lambda f: float(f.get("mono", 0.0)))
+    own = [f for f in ordered if not f.get("witness") and code(f) not in _WITNESSES]
+    real = [f for f in own if code(f) not in _ECHOES] or own
+    return next(iter(real or ordered), None)
+
+
+def exit_code(asked: int, mistake: Finding | None, failures: Sequence[Record]) -> int:
+    """What ``paceline run`` returns: who asked for the end, or else what the cause was."""
+    if asked:
+        return INTERRUPTED if asked == signal.SIGINT else TERMINATED
+    if mistake is not None:
+        return MISTAKE
+    first = cause(failures)
+    if first is None:
+        return OK
+    return LOST if "signal" in first else FAILED
+
+
+def left_early(statuses: Mapping[int, int], failures: Sequence[Record]) -> Finding | None:
+    """PL501 when the only failures are of ranks that missed one that has ended well: it left its loop early."""
+    gone = [rank for rank, status in statuses.items() if status == 0]
+    if not gone or not failures or any(code(f) not in _WITNESSES for f in failures):
+        return None
+    waited = [int(f["rank"]) for f in failures]
+    message = (
+        f"{ranks(gone)} ended {verb(gone, 'its script', 'their scripts')}, and {ranks(waited)} still "
+        f"{verb(waited, 'waits', 'wait')} for {verb(gone, 'it', 'them')}"
+    )
+    lines = [f"rank {f['rank']}{_where(f)}: {f['message']}" for f in failures]
+    return Finding("PL501", message, tuple(lines), fatal=True)
+
+
+def _where(failure: Record) -> str:
+    own = [frame for frame in failure.get("frames") or [] if frame.get("user")]
+    return f" at {own[-1]['file']}:{own[-1]['line']}" if own else ""
+
+
+def differing(hashes: Mapping[int, str]) -> Finding | None:
+    """PL507 when ranks ended with different parameters."""
+    groups: dict[str, list[int]] = {}
+    for rank, value in sorted(hashes.items()):
+        groups.setdefault(value, []).append(rank)
+    if len(groups) < 2:
+        return None
+    told = "; ".join(f"{ranks(group)}: {value[:12]}" for value, group in groups.items())
+    return Finding("PL507", f"the hashes of the parameters are {told}", fatal=True)

@@ -1,0 +1,158 @@
+"""``paceline.launch(fn, n=4, …)``: one function on several fresh processes, for notebooks, tests and programs.
+
+Nothing is pickled. The function is described by where it can be found (``notebook`` takes it along as source where there is
+no such place), arguments and results are JSON. The launcher is the one of ``paceline run``, with a quiet view and without a
+run directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from paceline.launch import callee
+from paceline.launch.ending import cause
+from paceline.launch.local import Launcher, Order, Outcome
+from paceline.launch.tuning import Machine, allow_files, check_processes, choose
+from paceline.observe import failure
+from paceline.observe.output import Folder, Line
+from paceline.terms.activity import Snapshot
+from paceline.terms.errors import PacelineError, UsageError
+from paceline.terms.plan import Plan
+
+
+def launch_function(
+    fn: Callable[..., Any], n: int, *, strategy: str = "ddp()", arguments: Mapping[str, Any] | None = None
+) -> list[Any]:
+    """Run ``fn(**arguments)`` on `n` processes; see :func:`paceline.launch`."""
+    from paceline.exchange.strategy import check
+
+    if callee.importing:
+        raise UsageError(
+            "PL108",
+            "paceline.launch was called while a rank imported the script",
+            help='put the call under `if __name__ == "__main__":`.',
+        )
+    check_processes(n)
+    described = describe(fn, arguments or {})
+    settings = choose(Machine.here(), n, os.environ)
+    plan = Plan(
+        script=f"{fn.__module__}:{fn.__qualname__}",
+        processes=n,
+        strategy=check(strategy),
+        threads=settings.threads,
+        settings=settings.given,
+    )
+    allow_files(n)
+    view = _Quiet(n)
+    catch = [signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
+    outcome = Launcher(Order(plan, True, described), view, None, catch).execute()
+    view.close()
+    return _results(outcome, n)
+
+
+def _results(outcome: Outcome, n: int) -> list[Any]:
+    if outcome.asked:
+        raise KeyboardInterrupt
+    if outcome.mistake is not None:
+        lines = (outcome.mistake.message, *outcome.mistake.lines)
+        raise PacelineError(outcome.mistake.code, "\n  ".join(lines))
+    first = cause(outcome.failures)
+    if first is not None:
+        _, *told = _cause_in_full(failure.render(outcome.failures, n))
+        headline = f"rank {first['rank']} failed: {first.get('type', 'ended')}: {first.get('message', '')}"
+        raise PacelineError(failure.code(first), "\n".join([headline, *told]), help=first.get("help"))
+    return [outcome.results[rank] for rank in range(n)]
+
+
+def _cause_in_full(lines: Sequence[str]) -> list[str]:
+    """From the line of the cause on, without the help that the error shows itself."""
+    start = next((i for i, line in enumerate(lines) if line.startswith("error[")), 0)
+    return [line for line in lines[start:] if not line.startswith(("  help:", "  more:"))]
+
+
+class _Quiet:
+    """Shows what the ranks print, and nothing else."""
+
+    def __init__(self, size: int) -> None:
+        self._folder = Folder(size)
+
+    def output(self, rank: int, line: str, stream: str) -> None:
+        self._folder.feed(rank, line, stream, time.monotonic())
+
+    def say(self, lines: Sequence[str]) -> None:
+        print("\n".join(lines), file=sys.stderr)
+
+    def report(self, rank: int, report: Mapping[str, Any]) -> None:
+        if report["kind"] == "notice" and report.get("message"):
+            print(f"rank {rank}: {report['message']}", file=sys.stderr)
+
+    def beat(self, snapshots: Sequence[Snapshot], now: float) -> None:
+        self._show(self._folder.due(now))
+
+    def close(self) -> None:
+        self._show(self._folder.flush())
+
+    def _show(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            text = f"{line.label} {line.text}" if line.label else line.text
+            print(text, file=sys.stderr if line.err else sys.stdout)
+
+
+# ---- where the function is ------------------------------------------------------------------------------------------
+def describe(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rank needs to find the function and call it.
+
+    Raises:
+        UsageError: PL108, it cannot be found again, or an argument is no JSON value.
+    """
+    try:
+        plain = json.loads(json.dumps(dict(arguments)))
+    except (TypeError, ValueError) as error:
+        raise UsageError("PL108", f"an argument of {_name(fn)} is no JSON value: {error}") from error
+    if not isinstance(fn, FunctionType) or "<" in fn.__qualname__:
+        raise UsageError("PL108", f"{_name(fn)} is not a function at the top level of a module")
+    return {
+        **_where(fn),
+        "qualname": fn.__qualname__,
+        "arguments": plain,
+        "sys_path": [p for p in sys.path if isinstance(p, str)],
+    }
+
+
+def _where(fn: FunctionType) -> dict[str, Any]:
+    if fn.__module__ not in ("__main__", callee.MAIN):
+        return {"module": _importable(fn, fn.__module__)}
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:  # python -m package.module
+        return {"module": main.__spec__.name}  # type: ignore[union-attr]
+    file = getattr(main, "__file__", None)
+    if file and Path(file).is_file() and not hasattr(main, "get_ipython"):
+        return {"path": str(Path(file).absolute())}
+    from paceline.launch.notebook import source_of
+
+    return {"source": source_of(fn)}
+
+
+def _importable(fn: FunctionType, module: str) -> str:
+    """The module's name, if the function is what one finds there."""
+    found: Any = importlib.import_module(module) if module in sys.modules else None
+    for name in fn.__qualname__.split("."):
+        found = getattr(found, name, None)
+    if found is not fn:
+        raise UsageError("PL108", f"{module}:{fn.__qualname__} is another object than the function given")
+    return module
+
+
+def _name(fn: object) -> str:
+    module, name = getattr(fn, "__module__", "?"), getattr(fn, "__qualname__", type(fn).__name__)
+    return f"{module}:{name}"

@@ -1,0 +1,248 @@
+"""The launcher of one host: starts the ranks, watches them, and ends them. Never imports torch.
+
+One loop reads the ranks' output, their reports, their ends, and our signals; ten times a second it reads the board, shows it,
+and asks the observer whether anything is wrong. What to do about an end or a signal is decided by ``ending``; this file only
+does it. Every way out is bounded in time, and none leaves a process, a socket or a file behind.
+"""
+
+from __future__ import annotations
+
+import selectors
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from paceline.launch import ending as ends
+from paceline.launch.child import Child
+from paceline.launch.crew import Crew, Order
+from paceline.launch.ending import Abort, Action, Ending, RequestStop, Say, Signal
+from paceline.launch.rundir import RunDirectory, State, now_text
+from paceline.launch.signals import Signals
+from paceline.observe import failure, hang
+from paceline.terms.activity import Snapshot
+
+__all__ = ["Launcher", "Order", "Outcome", "View"]
+
+BEAT = 0.1  # seconds between two looks at the board
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How it ended.
+
+    Attributes:
+        exit_code: See ``ending``.
+        state: The last state of ``run.json``.
+        failures: Records of ``observe.failure``, each with ``rank`` and ``name``.
+        mistake: What the observer recognised as the reason why no rank could go on, if it did.
+        results: What launched functions returned, by rank.
+        asked: The signal that asked for the end, or 0.
+    """
+
+    exit_code: int
+    state: State
+    failures: tuple[failure.Record, ...]
+    mistake: hang.Finding | None
+    results: Mapping[int, Any]
+    asked: int
+
+
+class View(Protocol):
+    """Who shows the run to a person."""
+
+    def output(self, rank: int, line: str, stream: str) -> None:
+        """A line that a rank has printed to its ``stdout`` or ``stderr``."""
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Something the launcher has to say."""
+
+    def report(self, rank: int, report: Mapping[str, Any]) -> None:
+        """A rank has reported: ``kind`` is ``adopt``, ``notice``, ``export`` or ``end``."""
+
+    def beat(self, snapshots: Sequence[Snapshot], now: float) -> None:
+        """Ten times a second: what every rank is doing."""
+
+
+class Launcher:
+    """One run on this host.
+
+    Args:
+        order: What to start.
+        view: Who shows it.
+        run: Its directory, or None to write nothing.
+        catch: Signals that end the run instead of this process.
+    """
+
+    def __init__(self, order: Order, view: View, run: RunDirectory | None, catch: Sequence[signal.Signals]) -> None:
+        self._crew = Crew(order, run)
+        self._view, self._run, self._catch = view, run, catch
+        self._watch = hang.Watch(self._crew.size, after=order.hang_after)
+        self._ending = Ending()
+        self._failures: list[failure.Record] = []
+        self._mistake: hang.Finding | None = None
+        self._results: dict[int, Any] = {}
+        self._hashes: dict[int, str] = {}
+        self._have_met = False
+
+    def execute(self, started: Callable[[], None] = lambda: None) -> Outcome:
+        """Start everything, see it to its end, and leave nothing behind.
+
+        Args:
+            started: Called once, when all ranks have been started and the loop has not begun.
+
+        Raises:
+            UsageError: PL103, the system does not give the processes; what was started is ended.
+        """
+        with Signals(self._catch) as signals, self._crew, selectors.DefaultSelector() as self._selector:
+            for child in self._crew.children:
+                self._listen_to(child)
+            self._selector.register(signals, selectors.EVENT_READ, lambda: self._on_signals(signals))
+            self._update(state="running")
+            started()
+            self._loop()
+            return self._conclude()
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+    def _listen_to(self, child: Child) -> None:
+        for fd in child.outputs:
+            self._selector.register(fd, selectors.EVENT_READ, lambda fd=fd: self._on_output(child, fd))
+        self._selector.register(child.report_fd, selectors.EVENT_READ, lambda: self._on_reports(child))
+        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._on_exit(child))
+
+    def _loop(self) -> None:
+        next_beat = time.monotonic()
+        while self._crew.alive:
+            for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
+                if key.fd in self._selector.get_map():  # not given back by an earlier one of this round
+                    key.data()
+            now = time.monotonic()
+            if now >= next_beat:
+                next_beat = now + BEAT
+                self._beat(now)
+
+    def _beat(self, now: float) -> None:
+        snapshots = self._snapshots()
+        self._view.beat(snapshots, now)
+        exited = {child.rank: child.status for child in self._crew.children if child.status is not None}
+        for finding in self._watch.examine(snapshots, exited, now):
+            self._on_finding(finding, now)
+        for straggler in self._watch.stragglers():
+            self._view.say([str(straggler)])
+        if not self._have_met and all(snapshot.adopted for snapshot in snapshots):
+            self._have_met = True
+            self._crew.have_met()
+        self._do(self._ending.tick(now))
+
+    def _snapshots(self) -> list[Snapshot]:
+        return [self._crew.board.read(rank) for rank in range(self._crew.size)]
+
+    # ---- what happens ---------------------------------------------------------------------------------------------
+    def _on_output(self, child: Child, fd: int) -> bool:
+        """Pass lines on. True when there may be more to read at once."""
+        lines, more = child.read_output(fd, self._log_failed)
+        stream = "stdout" if fd == child.outputs[0] else "stderr"
+        for line in lines:
+            self._view.output(child.rank, line, stream)
+        if not more:
+            self._selector.unregister(fd)
+        return more and bool(lines)
+
+    def _log_failed(self, error: OSError) -> None:
+        if self._run is not None:
+            self._run.failed(error)
+
+    def _on_reports(self, child: Child) -> None:
+        reports, more = child.read_reports()
+        for report in reports:
+            self._on_report(child, report)
+        if not more:
+            self._selector.unregister(child.report_fd)
+
+    def _on_report(self, child: Child, report: dict[str, Any]) -> None:
+        match report.pop("kind"):
+            case "fault":
+                self._failed(child, report)
+                self._do(self._ending.failed(child.rank, time.monotonic()))
+            case "result":
+                self._results[child.rank] = report["value"]
+            case kind:
+                self._note(child.rank, kind, report)
+                self._view.report(child.rank, {"kind": kind, **report})
+
+    def _note(self, rank: int, kind: str, report: Mapping[str, Any]) -> None:
+        if kind == "end" and report.get("hash"):
+            self._hashes[rank] = report["hash"]
+        if kind == "adopt" and rank == 0:
+            self._update(strategy=report.get("strategy"), wire=report.get("wire"))
+
+    def _on_exit(self, child: Child) -> None:
+        """A rank has ended. The others are told before anything else is done about it."""
+        self._selector.unregister(child.pidfd)
+        ours, status, now = self._ending.ours, child.final_status(), time.monotonic()
+        self._do(self._ending.exited(child.rank, status, now))
+        child.reap()
+        self._drain(child)
+        if status != 0 and not any(f["rank"] == child.rank for f in self._failures):
+            make = failure.killed if status < 0 else failure.exited
+            self._failed(child, make(abs(status), now, self._crew.board.read(child.rank), witness=ours))
+        self._crew.enlist()
+
+    def _failed(self, child: Child, record: failure.Record) -> None:
+        self._failures.append({**record, "rank": child.rank, "name": child.name})
+
+    def _drain(self, child: Child) -> None:
+        """Read what is left in the pipes. Their ends may be held open by a process that is still dying."""
+        registered = self._selector.get_map()
+        for fd in child.outputs:
+            while fd in registered and self._on_output(child, fd):
+                pass
+            if fd in registered:
+                self._selector.unregister(fd)
+        if child.report_fd in registered:
+            self._on_reports(child)
+        if child.report_fd in registered:
+            self._selector.unregister(child.report_fd)
+
+    def _on_finding(self, finding: hang.Finding, now: float) -> None:
+        if not finding.fatal:
+            self._view.say(finding.render())
+        elif not self._ending.ours:
+            self._mistake = finding
+            self._do(self._ending.mistake(now))
+
+    def _on_signals(self, signals: Signals) -> None:
+        for number in signals.taken():
+            in_loop = any(snapshot.adopted for snapshot in self._snapshots())
+            self._do(self._ending.signalled(number, time.monotonic(), in_loop))
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case RequestStop():
+                    self._crew.board.request_stop()
+                case Abort(lost=lost):
+                    self._crew.board.abort(lost)
+                case Signal(number=number, alone=alone):
+                    self._crew.signal(number, alone=alone)
+                case Say(text=text):
+                    self._view.say([text])
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+    def _conclude(self) -> Outcome:
+        """Name the cause."""
+        asked = self._ending.asked
+        statuses = {child.rank: child.status or 0 for child in self._crew.children}
+        if not asked:
+            said = ends.left_early(statuses, self._failures) if self._failures else ends.differing(self._hashes)
+            self._mistake = self._mistake or said
+        code = ends.exit_code(asked, self._mistake, self._failures)
+        states: dict[int, State] = {ends.OK: "finished", ends.LOST: "lost"}
+        state: State = "stopped" if asked else states.get(code, "failed")
+        self._update(state=state, exit_code=code, ended=now_text())
+        return Outcome(code, state, tuple(self._failures), self._mistake, self._results, asked)
+
+    def _update(self, **fields: Any) -> None:
+        if self._run is not None:
+            self._run.update(**fields)

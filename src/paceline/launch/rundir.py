@@ -1,0 +1,202 @@
+"""The run directory: what everything outside may read of a run, while it is alive and afterwards.
+
+``run.json``, ``plan.toml``, ``processes.json`` and ``endpoints.json`` are the launcher's; each is replaced as a whole, so a
+reader never sees half a file. ``events/``, ``ledger/`` and the weights are the ranks' own; ``logs/`` holds their output.
+
+Before anything is started a directory that cannot be written is an error. While the run is alive it is not: what cannot be
+written is reported once, and training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from paceline.launch import plan_file
+from paceline.terms.errors import FileError, UsageError
+from paceline.terms.plan import Plan
+
+State = Literal["starting", "running", "finished", "failed", "stopped", "lost"]
+HOME = Path("runs")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEntry:
+    """One living process of the run, a line of ``processes.json``.
+
+    Attributes:
+        name: ``launcher`` or ``rank3``.
+        role: ``launcher`` or ``worker``.
+        rank: None for the launcher.
+        pid: Process id on `host`.
+        incarnation: New for each process start, 32 hexadecimal digits.
+        host: Where the pid means something.
+        started: Wall clock, for people.
+        ticks: When the kernel says it started: with the pid it names one process for ever.
+    """
+
+    name: str
+    role: Literal["launcher", "worker"]
+    rank: int | None
+    pid: int
+    incarnation: str
+    host: str
+    started: str
+    ticks: int
+
+
+def start_ticks(pid: int) -> int:
+    """Clock ticks since boot at which `pid` started, or 0 when there is no such process or it is a zombie."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(rest[18])
+
+
+def now_text() -> str:
+    """The wall clock as ISO 8601 with the zone's offset."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def default_name(script: str) -> str:
+    """``train-20260102-030405-a1b2``."""
+    stem = Path(script.partition(":")[0]).stem
+    return f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def choose_path(script: str, name: str | None, run_dir: str | None) -> Path:
+    """Where a new run lives: ``--run-dir`` itself, or a name below ``runs/``.
+
+    Raises:
+        UsageError: PL105, the name is no name, or a run lives there already.
+    """
+    if name is not None and (not name or "/" in name or name in (".", "..") or "\0" in name):
+        raise UsageError("PL105", f"--name {name!r}: a name is one part of a path", help="use --run-dir for a path.")
+    path = Path(run_dir) if run_dir is not None else HOME / (name or default_name(script))
+    if (path / "run.json").exists():
+        raise UsageError(
+            "PL105", f"{path} holds a run already", help="choose another --name or --run-dir, or remove it."
+        )
+    return path
+
+
+def find(text: str) -> Path:
+    """The directory of the run that `text` names: a path, or a name below ``runs/``. Raises UsageError PL106."""
+    for path in (Path(text), HOME / text):
+        if (path / "run.json").is_file():
+            return path
+    raise UsageError("PL106", f"no run at {text} or {HOME / text}", help=_nearby(text))
+
+
+def _nearby(text: str) -> str | None:
+    """The runs whose names resemble `text`, or the newest ones."""
+    import difflib
+
+    known = sorted((p.parent for p in HOME.glob("*/run.json")), key=lambda p: p.stat().st_mtime, reverse=True)
+    names = [path.name for path in known]
+    close = difflib.get_close_matches(text, names, n=3) or names[:3]
+    return f"did you mean {', '.join(close)}?" if close else None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run. Raises FileError PL603 when it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError("PL603", f"{path}: {error}") from error
+
+
+@dataclass(eq=False)
+class RunDirectory:
+    """The launcher's side of one run directory.
+
+    Attributes:
+        path: Absolute path.
+        complain: Told once, when something cannot be written any more.
+    """
+
+    path: Path
+    complain: Callable[[str], None] = lambda text: None
+    _record: dict[str, Any] = field(default_factory=dict)
+    _complained: bool = False
+
+    @classmethod
+    def create(cls, path: Path, plan: Plan, record: dict[str, Any]) -> RunDirectory:
+        """Make the directory with everything that is known before the start. Raises FileError PL601."""
+        run = cls(path.absolute())
+        try:
+            for name in ("events", "ledger", "logs"):
+                (run.path / name).mkdir(parents=True, exist_ok=True)
+            run._record = {"state": "starting", "plan": asdict(plan), **record}
+            run._replace("plan.toml", plan_file.emit(plan))
+            run._replace("endpoints.json", "[]\n")
+            run._replace("processes.json", "[]\n")
+            run._write_record()
+        except OSError as error:
+            raise FileError("PL601", f"{path} cannot be written: {error.strerror or error}") from error
+        return run
+
+    def update(self, **fields: Any) -> None:
+        """Change keys of ``run.json``."""
+        self._record |= fields
+        self._try(self._write_record)
+
+    def processes(self, entries: Sequence[ProcessEntry]) -> None:
+        """Who is alive."""
+        self._try(lambda: self._replace("processes.json", _lines(asdict(entry) for entry in entries)))
+
+    def endpoints(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Every listening socket of the run."""
+        self._try(lambda: self._replace("endpoints.json", _lines(entries)))
+
+    def open_log(self, name: str) -> int:
+        """A descriptor that appends to ``logs/NAME.log``, or -1 when it cannot be had."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        try:
+            return os.open(self.path / "logs" / f"{name}.log", flags, 0o644)
+        except OSError as error:
+            self.failed(error)
+            return -1
+
+    def failed(self, error: OSError) -> None:
+        """A file of the run could not be written. The first time somebody hears of it."""
+        if not self._complained:
+            self._complained = True
+            self.complain(
+                f"PL601: {self.path} cannot be written any more ({error.strerror or error}); training goes on"
+            )
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.failed(error)
+
+    def _write_record(self) -> None:
+        self._replace("run.json", json.dumps(self._record, indent=2, default=str) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        """Whole or not at all, for a reader; without fsync, because a record of a dead machine's run is not worth a stall."""
+        temporary = self.path / f".{name}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path / name)
+        except OSError:
+            try:
+                temporary.unlink(missing_ok=True)
+            except OSError:
+                pass
+            raise
+
+
+def _lines(entries: Any) -> str:
+    """A JSON list with one entry a line."""
+    body = ",\n".join(f"  {json.dumps(entry, default=str)}" for entry in entries)
+    return f"[\n{body}\n]\n" if body else "[]\n"

@@ -1,0 +1,219 @@
+"""This process's session: who it is, where its events go, its one job. What ``paceline.job()`` asks.
+
+Under plain ``python`` it is next to nothing: no thread, no file, no descriptor; only an exit handler. Under ``paceline run``
+``worker`` begins it before the script and ends it afterwards. Under torchrun, Slurm or MPI nobody does that, so it ends
+itself when the interpreter does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import mmap
+import os
+import secrets
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from paceline.launch import env
+from paceline.launch.env import Handoff
+from paceline.terms.activity import Board
+from paceline.terms.event import Event, Sink, ignore
+from paceline.terms.plan import Place
+
+if TYPE_CHECKING:
+    import torch
+
+    from paceline.exchange.chain import Exchange
+    from paceline.group.wire import Wire
+    from paceline.observe.events import EventWriter
+    from paceline.observe.heartbeat import Heartbeat
+    from paceline.train.job import Job
+
+DEFAULT_STRATEGY = "ddp()"
+_REPORTED = (
+    "adopt",
+    "notice",
+    "export",
+    "end",
+)  # events that the launcher must hear of at once, whatever becomes of the disk
+
+
+class Session:
+    """One process's session.
+
+    Args:
+        place: Who it is.
+        board: Where it says what it is doing.
+        sink: Where its events go.
+        strategy_given: The command line named the strategy, which then overrides the script's.
+    """
+
+    def __init__(self, place: Place, board: Board, sink: Sink = ignore, strategy_given: bool = False) -> None:
+        self.place, self.board, self.sink = place, board, sink
+        self.activity = board.activity(place.rank)
+        self._strategy_given = strategy_given
+        self._job: Job | None = None
+
+    @property
+    def adopted(self) -> bool:
+        """The script has adopted something."""
+        return self._job is not None and self._job.adopted
+
+    def job(self, strategy: str | Exchange | None = None) -> Job:
+        """The job, made at the first call.
+
+        Raises:
+            UsageError: The strategy cannot be (PL2xx).
+            StepError: The strategy is given after ``adopt`` (PL410).
+        """
+        if self._job is None:
+            from paceline.train.job import Job
+
+            self._job = Job(self.place, self._connect, self.sink, self.activity)
+        if strategy is not None and self._strategy_given:
+            self._say_overridden(strategy)
+        elif strategy is not None:
+            self._job.use_strategy(strategy)
+        return self._job
+
+    def _connect(self, device: torch.device) -> Wire:
+        from paceline.launch.connect import open_wire
+
+        return open_wire(self.place, device, self.activity, self.board, self.sink)
+
+    def _say_overridden(self, strategy: str | Exchange) -> None:
+        from paceline.exchange.strategy import build
+
+        asked, given = build(strategy).text, self.place.plan.strategy
+        if asked != given and self.place.rank == 0:
+            self.sink(Event("notice", 0, {"message": f"--strategy {given} overrides the script's {asked}"}))
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """The script has ended, by `error` if it did not end well. Idempotent."""
+        if self._job is not None:
+            self._job.finish(error)
+
+
+class LaunchedSession(Session):
+    """The session of a rank of ``paceline run``: a shared board, events, a heartbeat, reports to the launcher.
+
+    Args:
+        handoff: What the launcher left.
+    """
+
+    def __init__(self, handoff: Handoff) -> None:
+        from paceline.observe.events import EventWriter
+        from paceline.observe.heartbeat import Heartbeat
+
+        place = handoff.place
+        if not place.plan.strategy:
+            place = replace(place, plan=replace(place.plan, strategy=DEFAULT_STRATEGY))
+        memory = mmap.mmap(place.board_fd, Board.nbytes(place.size))
+        super().__init__(place, Board(memoryview(memory), place.size), self._take, handoff.strategy_given)
+        self.activity.register(os.getpid())
+        self._report_fd = handoff.report_fd
+        path = place.run_dir / "events" / f"{place.name}.jsonl" if place.run_dir is not None else None
+        self._writer: EventWriter = EventWriter(
+            path, name=place.name, incarnation=place.incarnation, on_failure=self._events_failed
+        )
+        script = Path(place.plan.script).absolute() if not handoff.function else None
+        self._heartbeat: Heartbeat = Heartbeat(self.activity, script, self._writer.flush)
+        self._heartbeat.start()
+        self.sink(Event("start", 0, {"rank": place.rank, "size": place.size, "pid": os.getpid(), "host": place.host}))
+
+    def _take(self, event: Event) -> None:
+        """The sink."""
+        self._writer(event)
+        if event.kind in _REPORTED:
+            self.report(event.kind, **event.data)
+
+    def report(self, kind: str, **data: Any) -> None:
+        """Tell the launcher, whole or not at all. It is gone when it does not listen; then so is this process, soon."""
+        from paceline.observe.plain import plain
+
+        rest = memoryview(json.dumps(plain({"kind": kind, **data}), allow_nan=False).encode() + b"\n")
+        try:
+            while rest:
+                rest = rest[os.write(self._report_fd, rest) :]
+        except OSError:
+            pass
+
+    def result(self, text: str) -> None:
+        """Tell the launcher what a launched function has returned, as JSON text."""
+        rest = memoryview(b'{"kind": "result", "value": ' + text.encode() + b"}\n")
+        while rest:
+            rest = rest[os.write(self._report_fd, rest) :]
+
+    def _events_failed(self, error: OSError) -> None:
+        message = f"the events of {self.place.name} cannot be written ({error.strerror or error}); training goes on"
+        self.report("notice", code="PL601", message=message)
+
+    def close(self) -> None:
+        """Stop the heartbeat and write what is left. Nothing is emitted afterwards."""
+        self._heartbeat.stop()
+        self._writer.close()
+
+
+# ---- the one of this process ----------------------------------------------------------------------------------------
+_session: Session | None = None
+
+
+def current() -> Session:
+    """This process's session, made at the first call unless ``worker`` has begun it."""
+    global _session
+    if _session is None:
+        _session = _from_environment()
+    return _session
+
+
+def begin(handoff: Handoff) -> LaunchedSession:
+    """Make the session of a launched rank. Called once, before the script."""
+    global _session
+    launched = LaunchedSession(handoff)
+    _session = launched
+    return launched
+
+
+def _from_environment() -> Session:
+    """A process without a worker around it ends its session itself, with the exception that ended the script."""
+    place = Place() if _is_helper() else env.place(os.environ)
+    if not place.plain:
+        place = replace(place, host=socket.gethostname(), incarnation=secrets.token_hex(16))
+    session = Session(place, Board.private(place.size))
+    session.activity.register(os.getpid())
+    atexit.register(_Farewell(session, watch=not place.plain).say)
+    return session
+
+
+def _is_helper() -> bool:
+    """A process that ``multiprocessing`` has started, such as a loader worker, has its parent's environment and no rank."""
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and process.parent_process() is not None
+
+
+class _Farewell:
+    """Remembers the exception that ended the script, for the handler at exit, which is not told.
+
+    Args:
+        session: Whose end it is.
+        watch: Remember exceptions; else nothing is hooked.
+    """
+
+    def __init__(self, session: Session, watch: bool) -> None:
+        self._session = session
+        self._error: BaseException | None = None
+        self._next = sys.excepthook
+        if watch:
+            sys.excepthook = self._hook
+
+    def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self._error = error
+        self._next(kind, error, trace)
+
+    def say(self) -> None:
+        self._session.finish(self._error)

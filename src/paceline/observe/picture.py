@@ -1,0 +1,189 @@
+"""What the screen shows, as lines of styled text for a given width and height. Pure; the terminal is not its business.
+
+A header with the progress and the newest values, then one line for each rank:
+
+    step 1200 · epoch 3 · 5310 samples/s · 12 ms/step · loss 0.3121
+    rank 0    ██████████████▒▒▒▒░░░░  computes                    train.py:31 in train
+    ranks 1-3 █████████░░░░░░░░░░░░░  waits for rank 0: backward   train.py:31 in train
+
+The bar divides the last two seconds: computing, exchanging, waiting, reading input. From 16 ranks on, and where the
+window is too low for a line each, ranks that do the same share a line.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from paceline.observe.pace import Spent, spent
+from paceline.observe.words import duration, kind, ranks
+from paceline.terms.activity import TIMED, Phase, Snapshot
+
+Strip = tuple[tuple[str, str], ...]
+"""One line: pieces of text, each with the name of a style."""
+
+FOLD_FROM = 16  # ranks from which they share lines
+_WINDOW = 2.0
+_MOST_GROUPS = 12
+_LONG = 0.5  # seconds that a rank waits before the line says for whom; a shorter wait would only flicker
+
+STYLES = {Phase.COMPUTE: "green", Phase.EXCHANGE: "blue", Phase.WAIT: "yellow", Phase.INPUT: "magenta"}
+_MARKS = {Phase.COMPUTE: "█", Phase.EXCHANGE: "▓", Phase.WAIT: "░", Phase.INPUT: "▒"}
+_PLAIN_MARKS = {Phase.COMPUTE: "#", Phase.EXCHANGE: "+", Phase.WAIT: ".", Phase.INPUT: "="}
+_WORDS = {
+    Phase.STARTING: "starts",
+    Phase.COMPUTE: "computes",
+    Phase.EXCHANGE: "exchanges",
+    Phase.WAIT: "waits",
+    Phase.INPUT: "reads",
+    Phase.FINISHED: "has ended",
+    Phase.FAILED: "has failed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the run is, and how fast it goes. Rates are None until they were observed."""
+
+    step: int
+    epoch: int
+    samples: int
+    samples_per_second: float | None
+    seconds_per_step: float | None
+
+
+class Meter:
+    """Rates and shares over the last two seconds of snapshots."""
+
+    def __init__(self) -> None:
+        self._history: deque[tuple[float, Sequence[Snapshot]]] = deque()
+
+    def see(self, snapshots: Sequence[Snapshot], now: float) -> None:
+        self._history.append((now, tuple(snapshots)))
+        while len(self._history) > 2 and self._history[1][0] <= now - _WINDOW:
+            self._history.popleft()
+
+    def progress(self) -> Progress:
+        """The furthest rank's counts; they are global counts, and differ between ranks for moments only."""
+        began, first = self._history[0]
+        now, last = self._history[-1]
+        step, samples = _furthest(last)
+        steps, grown = step - _furthest(first)[0], samples - _furthest(first)[1]
+        seconds = now - began
+        return Progress(
+            step=step,
+            epoch=max((s.epoch for s in last), default=0),
+            samples=samples,
+            samples_per_second=grown / seconds if seconds > 0 and grown > 0 else None,
+            seconds_per_step=seconds / steps if steps > 0 else None,
+        )
+
+    def shares(self, numbers: Sequence[int]) -> Spent:
+        """For each timed phase, the share of it in the time of the ranks named. Empty when nothing was observed."""
+        (began, first), (now, last) = self._by_rank(0), self._by_rank(-1)
+        total = dict.fromkeys(TIMED, 0.0)
+        for rank in numbers:
+            before, after = spent(first[rank], began), spent(last[rank], now)
+            for phase in TIMED:
+                total[phase] += max(0.0, after[phase] - before[phase])
+        everything = sum(total.values())
+        return {phase: part / everything for phase, part in total.items()} if everything > 0 else {}
+
+    def _by_rank(self, index: int) -> tuple[float, dict[int, Snapshot]]:
+        then, snapshots = self._history[index]
+        return then, {s.rank: s for s in snapshots}
+
+
+def _furthest(snapshots: Sequence[Snapshot]) -> tuple[int, int]:
+    return max((s.step for s in snapshots), default=0), max((s.rows for s in snapshots), default=0)
+
+
+def headline(progress: Progress, values: Mapping[str, float]) -> str:
+    """Progress and values on one line."""
+    parts = [f"step {progress.step}", f"epoch {progress.epoch}"]
+    if progress.samples_per_second is not None:
+        parts.append(f"{progress.samples_per_second:.0f} samples/s")
+    if progress.seconds_per_step is not None:
+        parts.append(f"{_step_time(progress.seconds_per_step)}/step")
+    return " · ".join(parts + [f"{name} {value:.4g}" for name, value in values.items()])
+
+
+def region(
+    snapshots: Sequence[Snapshot],
+    values: Mapping[str, float],
+    meter: Meter,
+    *,
+    now: float,
+    width: int,
+    height: int,
+    unicode: bool = True,
+) -> list[Strip]:
+    """The lines of the live region: none longer than `width`, no more than `height`."""
+    lines: list[Strip] = [((_cut(headline(meter.progress(), values), width), "bold"),)]
+    groups = _groups(snapshots, height - 1)
+    names = [ranks([s.rank for s in group]) for group in groups]
+    name_width = min(max(map(len, names), default=0), max(8, width // 4))
+    marks = _MARKS if unicode else _PLAIN_MARKS
+    for name, group in zip(names, groups, strict=True):
+        bar = _bar(meter.shares([s.rank for s in group]), _bar_width(width), marks)
+        room = width - name_width - 1 - sum(len(text) for text, _ in bar)
+        label = (_cut(name, name_width).ljust(name_width)[:width], "cyan")
+        lines.append((label, (" "[: max(0, width - name_width)], ""), *bar, *_status(group, now, room)))
+    return lines[: max(1, height)]
+
+
+def _groups(snapshots: Sequence[Snapshot], lines: int) -> list[list[Snapshot]]:
+    """One group a rank, or groups of ranks that do the same, when there are many ranks or few lines."""
+    if len(snapshots) < FOLD_FROM and len(snapshots) <= lines:
+        return [[s] for s in snapshots]
+    groups: dict[object, list[Snapshot]] = {}
+    for s in snapshots:
+        groups.setdefault((s.phase, kind(s.what) if s.phase is Phase.WAIT else ""), []).append(s)
+    ordered = sorted(groups.values(), key=lambda group: group[0].rank)
+    most = max(1, min(_MOST_GROUPS, lines))
+    head, rest = ordered[: most - 1], ordered[most - 1 :]
+    return [*head, [s for group in rest for s in group]] if rest else head
+
+
+def _bar_width(width: int) -> int:
+    """No bar in a window too narrow to say anything beside it."""
+    return 0 if width < 40 else min(24, width // 4)
+
+
+def _bar(shares: Spent, width: int, marks: Mapping[Phase, str]) -> list[tuple[str, str]]:
+    """The shares as cells that always sum to the width, by largest remainder."""
+    if not width:
+        return []
+    if not shares:
+        return [(" " * (width + 2), "")]
+    cells = {phase: int(shares[phase] * width) for phase in TIMED}
+    for phase in sorted(TIMED, key=lambda p: cells[p] - shares[p] * width)[: width - sum(cells.values())]:
+        cells[phase] += 1
+    return [(marks[p] * cells[p], STYLES[p]) for p in TIMED if cells[p]] + [("  ", "")]
+
+
+def _status(group: Sequence[Snapshot], now: float, room: int) -> list[tuple[str, str]]:
+    """What the first of the group does, and where; the place goes first when there is no room for both."""
+    first = group[0]
+    style = "red" if first.phase is Phase.FAILED else STYLES.get(first.phase, "")
+    text = _WORDS[first.phase] if len({s.phase for s in group}) == 1 else "others"
+    waited = now - first.since
+    if first.phase is Phase.WAIT and waited >= _LONG:
+        peers = f" for {ranks(first.waits_for)}" if first.waits_for else ""
+        text += f" {duration(waited)}{peers}" + (f": {first.what}" if first.what else "")
+    column = min(36, max(12, room // 2))
+    where = first.where if len({s.where for s in group}) == 1 or len(group) == 1 else ""
+    if room < 12:
+        return [(_cut(text, max(0, room)), style)]
+    return [(_cut(text, column - 1).ljust(column), style), (_cut(where, room - column), "dim")]
+
+
+def _cut(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    return text[: width - 1] + "…" if width > 1 else text[: max(0, width)]
+
+
+def _step_time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -1,0 +1,61 @@
+"""Every test leaves the machine as it found it: that is checked after each, and the failure names what is left."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from support...`, here and in the processes that tests start
+
+from support import cli
+from support.leaks import Traces
+
+GRACE = 5.0  # seconds that processes and threads get to finish what they have begun
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Our own temporary directory, orphans that come to us, no core files, stacks on SIGUSR1."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="pl-")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ.pop("TMPDIR"), ignore_errors=True)
+    tempfile.tempdir = None
+
+
+@pytest.fixture
+def run_paceline() -> Callable[..., object]:
+    """``run_paceline("run", script, "-n", "2", cwd=tmp_path, timeout=60) -> CompletedProcess``."""
+    return cli.run_paceline
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    before = Traces.now()
+    yield
+    leaked = Traces.now().missing_from(before)
+    deadline = time.monotonic() + GRACE
+    while leaked and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+        leaked = Traces.now().missing_from(before)
+    if leaked:
+        Traces.now().clean_up(before)
+        pytest.fail("left behind:\n  " + "\n  ".join(leaked), pytrace=False)

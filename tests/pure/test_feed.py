@@ -1,0 +1,543 @@
+"""n ranks see, together and in order, exactly the batches that one process sees, each row once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
+
+from paceline.data.order import KeyedSampler
+from paceline.terms.errors import AdoptError
+from support.feeds import Rank, Rows, Stream, reassembled, run_plain, run_ranks
+
+N = 23
+
+
+class Shuffled(Sampler[int]):
+    """Draws from Python's generator, lazily, one element at a time."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        left = list(range(N))
+        while left:
+            yield left.pop(random.randrange(len(left)))
+
+
+class Noisy(Sampler[int]):
+    """Draws everything when ``iter()`` is called, from NumPy; an odd number of normals leaves one in NumPy's cache."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.argsort(np.random.randn(N)))
+
+
+class Buckets(Sampler[list[int]]):
+    """Batches of unequal length, shuffled among themselves, drawn from all three generators."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(N).tolist()
+        batches = [order[i : i + 4] for i in range(0, N, 4)]
+        random.shuffle(batches)
+        for batch in batches:
+            yield batch[: max(1, int(np.random.randint(5)))]
+
+
+class OwnGenerator(Sampler[int]):
+    """Holds generators that nobody seeded."""
+
+    def __init__(self) -> None:
+        self.python = random.Random()
+        self.numpy = np.random.default_rng()
+        self.legacy = np.random.RandomState()
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(N))
+        self.python.shuffle(order)
+        for generator in (self.numpy, self.legacy):
+            generator.shuffle(order)
+        return iter(order)
+
+
+def sized(n: int = N, **options: Any) -> Callable[[], DataLoader[Any]]:
+    return lambda: DataLoader(Rows(n), **{"batch_size": 5} | options)
+
+
+def fresh(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
+    "in order": lambda **o: DataLoader(Rows(N), batch_size=5, **o),
+    "shuffled": lambda **o: DataLoader(Rows(N), batch_size=5, shuffle=True, **o),
+    "drop_last": lambda **o: DataLoader(Rows(N), batch_size=5, shuffle=True, drop_last=True, **o),
+    "single rows": lambda **o: DataLoader(Rows(7), batch_size=1, shuffle=True, **o),
+    "less than a batch": lambda **o: DataLoader(Rows(3), batch_size=64, shuffle=True, **o),
+    "own generator": lambda **o: DataLoader(Rows(N), batch_size=5, shuffle=True, generator=fresh(5), **o),
+    "with replacement": lambda **o: DataLoader(Rows(N), 5, sampler=RandomSampler(Rows(N), True, 70, fresh(2)), **o),
+    "more than once": lambda **o: DataLoader(Rows(N), 5, sampler=RandomSampler(Rows(N), num_samples=60), **o),
+    "weighted": lambda **o: DataLoader(Rows(N), 5, sampler=WeightedRandomSampler(range(1, N + 1), 31), **o),
+    "subset": lambda **o: DataLoader(Rows(N), 5, sampler=SubsetRandomSampler(range(2, N)), **o),
+    "subset, own generator": lambda **o: DataLoader(
+        Rows(N), 5, sampler=SubsetRandomSampler(range(2, N), fresh(1)), generator=fresh(9), **o
+    ),
+    "keyed": lambda **o: DataLoader(Rows(N), 5, sampler=KeyedSampler(N, 4), **o),
+    "python's random": lambda **o: DataLoader(Rows(N), 5, sampler=Shuffled(), **o),
+    "numpy's random": lambda **o: DataLoader(Rows(N), 5, sampler=Noisy(), **o),
+    "buckets": lambda **o: DataLoader(Rows(N), batch_sampler=Buckets(), **o),
+    "batches of tensors": lambda **o: DataLoader(Rows(N), batch_sampler=list(torch.arange(N).split(5)), **o),
+    "batch sampler": lambda **o: DataLoader(Rows(N), batch_sampler=BatchSampler(RandomSampler(Rows(N)), 5, True), **o),
+    "tensors": lambda **o: DataLoader(TensorDataset(torch.arange(N)), batch_size=5, shuffle=True, **o),
+    "subset of tensors": lambda **o: DataLoader(Subset(TensorDataset(torch.arange(N)), range(2, N)), 5, True, **o),
+    "iterable": lambda **o: DataLoader(Stream(N), batch_size=5, **o),
+    "iterable, drop_last": lambda **o: DataLoader(Stream(N), batch_size=5, drop_last=True, **o),
+    "no batching": lambda **o: DataLoader(TensorDataset(torch.arange(60).view(6, 10)), None, shuffle=True, **o),
+    "iterable, no batching": lambda **o: DataLoader(Chunks(), None, **o),
+}
+
+
+class Chunks(IterableDataset[torch.Tensor]):
+    """Batches of any length, drawn as they come."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for _ in range(4):
+            yield torch.randperm(random.randrange(1, 9))
+
+
+def rows_of(batch: Any) -> list[int]:
+    return (batch[0] if isinstance(batch, (list, tuple)) else batch).tolist()
+
+
+def alternating(make: Callable[..., DataLoader[Any]], **options: Any) -> Callable[[Any], list[list[int]]]:
+    """Three epochs of a loader, with a shuffled test loader in between, as scripts do."""
+
+    def program(job: Any) -> list[list[int]]:
+        train, test = job.adopt(make(**options)), job.adopt(DataLoader(Rows(11), batch_size=4, shuffle=True))
+        seen = []
+        for _ in range(3):
+            seen += [rows_of(batch) for batch in train]
+            seen += [rows_of(batch) for batch in test]
+        return seen
+
+    return program
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", LOADERS)
+def test_all_ranks_together_see_the_batches_of_one_process(name: str, size: int) -> None:
+    program = alternating(LOADERS[name])
+    ranks = run_ranks(program, size)
+    assert reassembled(ranks) == run_plain(program)
+    assert all(rank.ends == ranks[0].ends for rank in ranks)
+    assert all(end.complete for end in ranks[0].ends)
+    assert len(ranks[0].ends) == 6
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize(
+    "name", ["shuffled", "own generator", "with replacement", "numpy's random", "buckets", "iterable", "no batching"]
+)
+def test_worker_processes_change_nothing(name: str, options: dict[str, Any]) -> None:
+    program = alternating(LOADERS[name], **options)
+    ranks = run_ranks(program, 2)
+    assert reassembled(ranks) == run_plain(program)
+    assert ranks[0].ends == ranks[1].ends
+
+
+@pytest.mark.parametrize("name", ["shuffled", "python's random", "numpy's random", "iterable, no batching"])
+def test_a_script_that_seeds_nothing_has_the_order_of_rank_0(name: str) -> None:
+    program = alternating(LOADERS[name])
+    assert reassembled(run_ranks(program, 3, unseeded=True)) == run_plain(program)
+
+
+def test_generators_that_nobody_seeded_are_those_of_rank_0() -> None:
+    ranks = run_ranks(alternating(lambda: DataLoader(Rows(N), 5, sampler=OwnGenerator())), 3, unseeded=True)
+    batches = reassembled(ranks)
+    assert sorted(row for batch in batches[:5] for row in batch) == list(range(N))
+    assert ranks[0].ends == ranks[1].ends == ranks[2].ends
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_reseeding_in_the_script_means_the_order_too(fork: bool) -> None:
+    def program(job: Any) -> list[list[int]]:
+        train, test = job.adopt(sized(shuffle=True)()), job.adopt(sized(9, shuffle=True)())
+        seen = []
+        for epoch in range(3):
+            if not fork:
+                torch.manual_seed(epoch)
+            seen += [rows_of(batch) for batch in train]
+            with torch.random.fork_rng(enabled=fork):
+                torch.manual_seed(7)
+                seen += [rows_of(batch) for batch in test]
+        return seen
+
+    plain = run_plain(program)
+    assert reassembled(run_ranks(program, 3)) == plain
+    assert not fork or (plain[5:7] == plain[12:14] and plain[:5] != plain[7:12])
+
+
+def test_ranks_draw_different_noise_and_the_same_order() -> None:
+    def program(job: Any) -> list[list[int]]:
+        train, noise = job.adopt(sized(shuffle=True)()), []
+        for _ in range(2):
+            for batch in train:
+                seen.append(rows_of(batch))
+                noise.append((torch.rand(()).item(), random.random(), np.random.rand()))
+        noises.append(noise)
+        return seen[-10:]
+
+    seen: list[list[int]] = []
+    noises: list[Any] = []
+    reassembled(run_ranks(program, 3))
+    numbers = [number for noise in noises for draw in noise for number in draw]
+    assert len(numbers) == len(set(numbers))
+
+
+def test_nested_loops_a_break_and_two_iterators_at_once_are_as_in_one_process() -> None:
+    def program(job: Any) -> list[list[int]]:
+        train, test = job.adopt(sized(shuffle=True)()), job.adopt(sized(9, shuffle=True)())
+        seen = []
+        for i, batch in enumerate(train):
+            seen.append(rows_of(batch))
+            seen += [rows_of(batch) for batch in test]
+            if i == 2:
+                break
+        for left, right in zip(train, train, strict=True):
+            seen += [rows_of(left), rows_of(right)]
+        it = iter(train)
+        return seen + [rows_of(next(it)), rows_of(next(it))]
+
+    ranks = run_ranks(program, 2)
+    assert reassembled(ranks) == run_plain(program)
+    left_early = [(e.loader, e.epoch, e.batches, e.rows) for e in ranks[0].ends if not e.complete]
+    # The third pass began while the second was open; it is reported at that time, and again at its end.
+    assert left_early == [(0, 0, 3, 15), (0, 1, 0, 0)]
+    assert ranks[0].ends == ranks[1].ends
+
+
+def test_an_iterator_of_persistent_workers_goes_on_in_the_newer_pass() -> None:
+    def program(job: Any) -> list[list[int]]:
+        train = job.adopt(sized(shuffle=True, num_workers=1, persistent_workers=True)())
+        old = iter(train)
+        first = rows_of(next(old))
+        new = iter(train)
+        return [first] + [rows_of(next(it)) for it in (old, new, old, new, old)]
+
+    assert reassembled(run_ranks(program, 2)) == run_plain(program)
+
+
+def test_a_rank_without_rows_gets_a_phantom_or_lets_the_batch_pass() -> None:
+    def program(job: Any) -> list[list[int]]:
+        loader = job.adopt(sized(10, batch_size=8)())
+        seen = [rows_of(batch) for batch in loader]
+        job.phantoms = False
+        return seen + [rows_of(batch) for batch in loader]
+
+    ranks = run_ranks(program, 4)
+    assert [rank.result for rank in ranks] == [
+        [[0, 1], [8], [0, 1], [8]],
+        [[2, 3], [9], [2, 3], [9]],
+        [[4, 5], [8], [4, 5]],
+        [[6, 7], [8], [6, 7]],
+    ]
+    assert [(s.phantom, s.local_rows, s.rows, s.start) for s in ranks[3].slices] == [
+        (False, 2, 8, 0),
+        (True, 0, 2, 8),
+        (False, 2, 8, 0),
+    ]
+    assert all(rank.ends == ranks[0].ends for rank in ranks)
+    assert all(rank.stops == len(rank.result) + 2 for rank in ranks)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["single rows", "iterable"])
+def test_evaluating_single_rows_reads_each_once_over_all_ranks(name: str, workers: int) -> None:
+    def program(job: Any) -> list[list[int]]:
+        job.phantoms = False
+        data = Rows(7) if name == "single rows" else Stream(7)
+        return [rows_of(batch) for batch in job.adopt(DataLoader(data, batch_size=1, num_workers=workers))]
+
+    ranks = run_ranks(program, 3)
+    assert sorted(row for batch in reassembled(ranks) for row in batch) == list(range(7))
+    assert max(len(rank.result) for rank in ranks) <= 4
+    assert all(rank.ends == ranks[0].ends for rank in ranks)
+
+
+def test_a_phantom_that_is_wanted_after_workers_ran_past_it_is_read() -> None:
+    def program(job: Any) -> list[list[int]]:
+        job.phantoms = False
+        it = iter(job.adopt(sized(4, batch_size=1, num_workers=1, prefetch_factor=8)()))
+        job.phantoms = True
+        return [rows_of(batch) for batch in it]
+
+    ranks = run_ranks(program, 2)
+    assert [rank.result for rank in ranks] == [[[0], [1], [2], [3]]] * 2
+    assert reassembled(ranks) == [[0], [1], [2], [3]]
+
+
+class Seeds(Dataset[int]):
+    """Each row says how the process that read it draws."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        info = get_worker_info()
+        return info.seed if info else int(torch.randint(10**9, ()))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_of_different_ranks_have_different_seeds(workers: int) -> None:
+    def program(job: Any) -> list[list[int]]:
+        return [rows_of(batch) for batch in job.adopt(DataLoader(Seeds(), batch_size=4, num_workers=workers))]
+
+    ranks = run_ranks(program, 3)
+    seeds = [{seed for batch in rank.result for seed in batch} for rank in ranks]
+    assert not seeds[0] & seeds[1]
+    assert not seeds[0] & seeds[2]
+    assert not seeds[1] & seeds[2]
+    if workers:  # rank 0's are those of one process
+        assert seeds[0] <= {seed for batch in run_plain(program) for seed in batch}
+
+
+class Walked(IterableDataset[int]):
+    """The order is drawn while walking."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        for _ in range(12):
+            yield (info.id if info else 0) * 1000 + random.randrange(1000)
+
+
+def noisy_collate(rows: list[int]) -> torch.Tensor:
+    random.random()  # draws that depend on the number of rows, and so on the rank
+    torch.rand(len(rows))
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_collate_function_that_draws_does_not_move_the_walk(workers: int) -> None:
+    def program(job: Any, collate: Any = noisy_collate) -> list[list[int]]:
+        loader = job.adopt(DataLoader(Walked(), batch_size=5, num_workers=workers, collate_fn=collate))
+        return [rows_of(batch) for _ in range(2) for batch in loader]
+
+    # Without the drawing collate: under plain python that one would move the walk.
+    expected = run_plain(lambda job: program(job, torch.tensor))
+    assert reassembled(run_ranks(program, 3)) == expected
+
+
+def test_collate_sees_this_ranks_rows_only() -> None:
+    calls: list[list[int]] = []
+
+    def collate(rows: list[int]) -> torch.Tensor:
+        calls.append(rows)
+        return torch.tensor(rows)
+
+    for data in (Rows(10), Stream(10)):
+        calls.clear()
+        run_ranks(lambda job, d=data: [rows_of(b) for b in job.adopt(DataLoader(d, 5, collate_fn=collate))], 2)
+        assert calls == [[0, 1, 2], [5, 6, 7], [3, 4], [8, 9]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unequal_shares(workers: int) -> None:
+    def program(job: Any) -> list[list[int]]:
+        loader = job.adopt(sized(20, batch_size=8, num_workers=workers)(), shares=[3.0, 1.0])
+        return [rows_of(batch) for batch in loader]
+
+    ranks = run_ranks(program, 2)
+    assert [len(batch) for batch in ranks[0].result] == [6, 6, 3]
+    assert [row for batch in reassembled(ranks) for row in batch] == list(range(20))
+
+
+class Breaks(Dataset[int]):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> int:
+        if index == 7:
+            raise KeyError("row seven")
+        return index
+
+
+class BreaksWalking(Stream):
+    def __iter__(self) -> Iterator[int]:
+        yield from range(7)
+        raise KeyError("row seven")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (Breaks(), "was reading rows 6 to 7 of epoch 0 of loader 0 (batch 1), indices [6, 7]"),
+        (BreaksWalking(12), "was reading batch 1 of epoch 0 of loader 0, from row 4"),
+    ],
+)
+def test_the_users_exception_keeps_its_type_and_names_the_rows(data: Any, where: str, workers: int) -> None:
+    def program(job: Any) -> list[list[int]]:
+        it, seen = iter(job.adopt(DataLoader(data, batch_size=4, num_workers=workers))), []
+        while True:
+            try:
+                seen.append(rows_of(next(it)))
+            except KeyError as error:
+                notes.extend(getattr(error, "__notes__", []))
+            except StopIteration:
+                return seen
+
+    notes: list[str] = []
+    plain = run_plain(program)
+    assert not notes
+    ranks = run_ranks(program, 2)
+    assert any(note.startswith("PL307: rank 1 ") and where in note for note in notes)
+    assert ranks[0].result == [batch[:2] for batch in plain]  # what came after the failure comes here too
+    assert all(s.batch != 1 for s in ranks[0].slices)
+
+
+def test_a_batch_without_rows_is_refused() -> None:
+    class Texts(Rows):
+        def __getitem__(self, index: int) -> Any:
+            return {"x": torch.zeros(3), "name": "a"}
+
+    def program(job: Any) -> Any:
+        return list(job.adopt(DataLoader(Texts(3), batch_size=None)))
+
+    with pytest.raises(AdoptError, match=r"PL305.*yields \{'x': a tensor of shape \(3,\), 'name': str\}"):
+        run_ranks(program, 2)
+
+
+def test_nested_structures_are_cut_along_their_rows() -> None:
+    Pair = __import__("collections").namedtuple("Pair", "left right")
+
+    class Nested(Rows):
+        def __getitem__(self, index: int) -> Any:
+            x = torch.arange(5)
+            return {"x": x, "more": (x, [x.view(5, 1)], Pair(x, x))}
+
+    ranks = run_ranks(lambda job: list(job.adopt(DataLoader(Nested(1), batch_size=None))), 2)
+    (batch,) = ranks[1].result
+    assert batch["x"].tolist() == batch["more"][0].tolist() == batch["more"][2].left.tolist() == [3, 4]
+    assert batch["more"][1][0].shape == (2, 1)
+
+
+class OwnWay(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return super().__iter__()
+
+
+class Replicas(Sampler[int]):
+    num_replicas = 2
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    ("loader", "code"),
+    [
+        (lambda: OwnWay(Rows(3)), "PL305"),
+        (lambda: DataLoader(Rows(3), num_workers=1, in_order=False), "PL306"),
+        (lambda: DataLoader(Rows(3), sampler=Replicas()), "PL306"),
+    ],
+)
+def test_loaders_that_cannot_be_divided_are_refused(loader: Callable[[], Any], code: str) -> None:
+    with pytest.raises(AdoptError, match=code):
+        Rank(0, 2, bytes).adopt(loader())
+
+
+def test_a_feed_passes_for_the_users_loader() -> None:
+    g = fresh(0)
+    loader = DataLoader(Rows(10), batch_size=4, shuffle=True, generator=g)
+    feed = Rank(0, 2, bytes).adopt(loader)
+    assert isinstance(feed, DataLoader)
+    assert len(feed) == 3
+    for name in ("dataset", "batch_size", "sampler", "batch_sampler", "drop_last", "num_workers", "collate_fn"):
+        assert getattr(feed, name) is getattr(loader, name)
+    assert feed.generator is g
+    assert feed.multiprocessing_context is None
+    assert not hasattr(feed, "no_such_thing")
+    feed.collate_fn = torch.tensor
+    assert loader.collate_fn is torch.tensor
+    with pytest.raises(ValueError, match="batch_size attribute should not be set"):
+        feed.batch_size = 3
+    with pytest.raises(TypeError, match="has no len"):
+        len(Rank(0, 2, bytes).adopt(DataLoader(Chunks(), batch_size=None)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_settings_reach_the_workers(method: str) -> None:
+    def program(job: Any) -> list[list[int]]:
+        options: dict[str, Any] = {"multiprocessing_context": method, "worker_init_fn": start, "timeout": 60}
+        map_style = job.adopt(DataLoader(Where(), batch_size=4, num_workers=1, **options))
+        iterable = job.adopt(DataLoader(Stream(8), batch_size=4, num_workers=1, **options))
+        return [rows_of(batch) for feed in (map_style, iterable) for batch in feed]
+
+    ranks = run_ranks(program, 2)
+    assert ranks[1].result == [[42, 42], [42, 42], [2, 3], [6, 7]]
+
+
+STARTED = [0]
+
+
+def start(worker: int) -> None:
+    STARTED[0] = 42
+
+
+class Where(Rows):
+    def __init__(self) -> None:
+        super().__init__(8)
+
+    def __getitem__(self, index: int) -> int:
+        return STARTED[0]
+
+
+@pytest.mark.parametrize("kind", ["long", "float", "strided", "negative", "two"])
+def test_gathering_equals_row_by_row(kind: str) -> None:
+    x = torch.arange(60, dtype=torch.float64 if kind == "float" else torch.int64).view(12, 5)
+    if kind == "strided":
+        x = x.t().contiguous().t()
+    data = TensorDataset(x, torch.arange(12)) if kind == "two" else TensorDataset(x)
+    sampler = list(range(-6, 6)) if kind == "negative" else None
+
+    def program(job: Any) -> Any:
+        return list(job.adopt(DataLoader(data, batch_size=5, sampler=sampler)))
+
+    for got, expected in zip(run_ranks(program, 1)[0].result, run_plain(program), strict=True):
+        assert type(got) is type(expected)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+            assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+
+
+def test_an_index_out_of_range_is_torchs_own_error() -> None:
+    def program(job: Any) -> Any:
+        return list(job.adopt(DataLoader(TensorDataset(torch.zeros(3)), batch_size=2, sampler=[0, 5])))
+
+    with pytest.raises(IndexError, match="index 5 is out of bounds for dimension 0 with size 3"):
+        run_ranks(program, 1)

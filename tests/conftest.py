@@ -27,9 +27,10 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Our own temporary directory, orphans that come to us, no core files, stacks on SIGUSR1."""
+    """Our own temporary directory, orphans that come to us, no core files, stacks on SIGUSR1, threads that wait asleep."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="pl-")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads otherwise spin against other processes
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)

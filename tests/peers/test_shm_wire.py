@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.peers import Peer, outcome, run_peers
 from torch import Tensor
 
 from paceline.group import arena
@@ -21,6 +20,7 @@ from paceline.group.lanes import bytes_of
 from paceline.group.shm_wire import ShmWire
 from paceline.group.sums import SHOT_NBYTES, slices
 from paceline.group.wire import AllGather, AllReduce, Buffer, Drive, Receive, Send, Together
+from support.peers import Peer, outcome, run_peers
 
 CPU = torch.device("cpu")
 ENGINES = ("c", "pure", "mixed")
@@ -171,8 +171,6 @@ def one_step(wire: ShmWire, buffers: list[Buffer], seed: int, own: random.Random
         works.append((wire.start(request), buffer))
         if own.random() < 0.3:
             own.choice(works)[0].poll()
-        if own.random() < 0.2:
-            own.choice(works)[0].wait()
     letters = [
         wire.start(AllGather(torch.full((own_tag + 1,), float(wire.rank)), f"letter {own_tag}"))
         for own_tag in own.sample(range(4), 4)

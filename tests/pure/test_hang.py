@@ -301,7 +301,7 @@ def test_a_rank_that_computes_while_the_others_wait_is_named() -> None:
     assert (finding.code, finding.fatal) == ("PL504", False)
     assert finding.message == "nothing has moved for 10 s (a step takes 0.2 s)"
     assert "rank 2, on whom the others wait at data.py:7 in download" in text(finding)
-    assert "ranks 0-1,3  waits for 10 s in `backward, bucket 1/2` on rank 2" in text(finding)
+    assert "ranks 0-1,3  wait for 10 s in `backward, bucket 1/2` on rank 2" in text(finding)
 
 
 def test_waiting_in_the_same_operation_is_the_transport() -> None:
@@ -463,6 +463,16 @@ def test_the_line_is_the_deepest_of_the_users_code(tmp_path: Path) -> None:
     with Held(script.train) as thread:
         assert Lines(tmp_path / "train.py").now(thread) == "helper.py:3 in load"
         assert Lines(tmp_path / "else" / "where.py").now(thread) == ""
+
+
+def test_a_script_that_is_a_link_and_the_files_beside_both_are_the_users(tmp_path: Path) -> None:
+    target = module(tmp_path / "store" / "real.py", "def f(stand):\n    stand()\n")
+    (tmp_path / "train.py").symlink_to(tmp_path / "store" / "real.py")
+    helper = module(tmp_path / "helper.py", "def g(stand):\n    stand()\n")
+    with Held(target.f) as thread:
+        assert Lines(tmp_path / "train.py").now(thread) == "real.py:2 in f"
+    with Held(helper.g) as thread:
+        assert Lines(tmp_path / "train.py").now(thread) == "helper.py:2 in g"
 
 
 def test_the_compiler_is_recognised(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -70,19 +70,18 @@ def test_a_short_wait_does_not_flicker() -> None:
     assert "backward" not in shown(region(ranks, {}, metered(ranks, 10.0), now=10.0, width=120, height=10))[1]
 
 
-@pytest.mark.parametrize("width", [1, 2, 5, 9, 20, 39, 40, 41, 60, 80, 200])
-@pytest.mark.parametrize("height", [1, 2, 3, 40])
 @pytest.mark.parametrize("size", [1, 3, 16, 64])
-def test_no_line_is_too_long_and_no_region_too_high(width: int, height: int, size: int) -> None:
+def test_no_line_is_too_long_and_no_region_too_high(size: int) -> None:
     phases = list(Phase)
     ranks = [
         snapshot(r, phases[r % 7], since=0.0, what="w" * 50, where="x" * 99, waits_for=(0, 5, 9), spent=SPENT)
         for r in range(size)
     ]
     values = {f"value{n}": math.nan for n in range(9)}
-    strips = region(ranks, values, metered(ranks, 2.0), now=2.0, width=width, height=height)
-    assert len(strips) <= height
-    assert max(map(len, shown(strips))) <= width
+    for width, height in product([1, 2, 5, 9, 20, 39, 40, 41, 60, 80, 200], [1, 2, 3, 40]):
+        strips = region(ranks, values, metered(ranks, 2.0), now=2.0, width=width, height=height)
+        assert len(strips) <= height, (width, height)
+        assert max(map(len, shown(strips))) <= width, (width, height)
 
 
 def test_many_ranks_share_lines_by_what_they_do() -> None:
@@ -150,6 +149,15 @@ def test_without_a_terminal_lines_and_now_and_then_progress() -> None:
     assert err.getvalue() == "[0] \x1b[31mred\x1b[0m bell\n"
 
 
+def test_a_silent_run_says_now_and_then_where_it_is() -> None:
+    out, clock = io.StringIO(), Clock()
+    screen = Screen(2, mode="plain", out=out, clock=clock)
+    for second in range(70):
+        clock.now = float(second)
+        screen.update([snapshot(0, Phase.WAIT), snapshot(1, where="data.py:7 in load")], {}, clock.now)
+    assert out.getvalue().splitlines() == ["step 0 · epoch 0 · rank 1 at data.py:7 in load"] * 2
+
+
 def test_lines_of_progress_come_every_two_to_five_seconds() -> None:
     out, clock = io.StringIO(), Clock()
     screen = Screen(1, mode="plain", out=out, clock=clock)
@@ -199,19 +207,18 @@ class Breaking(io.StringIO):
 
 
 @pytest.mark.parametrize("mode", ["live", "plain", "json"])
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "pipe"), OSError(5, "hung up"), ValueError("closed file")])
-@pytest.mark.parametrize("writes", [0, 1, 5])
-def test_a_terminal_that_goes_away_is_nobodys_failure(mode: Any, error: Exception, writes: int) -> None:
-    clock = Clock()
-    out = Breaking(writes, error)
-    screen = Screen(2, mode=mode, out=out, err=out, clock=clock)
-    for second in range(10):
-        clock.now += 1
-        screen.line("hello", "[0]", err=bool(second % 2))
-        screen.update([snapshot(r, step=second) for r in range(2)], {"loss": 1.0}, clock.now)
-    screen.finish(["done"])
-    screen.close()
-    assert out.left < 0
+def test_a_terminal_that_goes_away_is_nobodys_failure(mode: Any) -> None:
+    gone = (BrokenPipeError(32, "pipe"), OSError(5, "hung up"), ValueError("closed file"), BlockingIOError(11, "full"))
+    for error, writes in product(gone, [0, 1, 5]):
+        clock, out = Clock(), Breaking(writes, error)
+        screen = Screen(2, mode=mode, out=out, err=out, clock=clock)
+        for second in range(10):
+            clock.now += 1
+            screen.line("hello", "[0]", err=bool(second % 2))
+            screen.update([snapshot(r, step=second) for r in range(2)], {"loss": 1.0}, clock.now)
+        screen.finish(["done"])
+        screen.close()
+        assert out.left < 0, (error, writes)
 
 
 def test_a_closed_pipe_does_not_change_the_exit_status() -> None:
@@ -275,7 +282,7 @@ def test_lines_stand_above_the_region_whole_and_the_region_goes_at_the_end(termi
     clock.now = 2.0
     screen.update([snapshot(0, step=7)], {"loss": 0.25}, 2.0)
     drawn = terminal.getvalue()[before:]
-    assert "[not markup] " + "long " * 50 in drawn
+    assert "\x1b[36m[0]\x1b[0m [not markup] " + "long " * 50 in drawn
     assert drawn.index("not markup") < drawn.index("loss 0.25")
     screen.finish(["done"])
     screen.close()

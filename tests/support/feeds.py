@@ -110,6 +110,8 @@ def run_ranks(program: Program, size: int, seed: int = 0, *, unseeded: bool = Fa
         rank = Rank(number, size, share)
         with seeded(seed + number * unseeded):
             rank.result = program(rank)
+            for feed in rank.feeds:
+                feed.close()
         assert number == 0 or next(heard, None) is None, "ranks took part in different numbers of collectives"
         ranks.append(rank)
     return ranks
@@ -144,7 +146,6 @@ def reassembled(ranks: list[Rank]) -> list[list[int]]:
                 pieces[key][piece.local_start + i] = row
     for key, rows in pieces.items():
         assert sorted(rows) == list(range(sizes[key])), "rows are missing"
-    order = sorted(pieces) if any(not r.phantoms for r in ranks) else [
-        (s.loader, s.epoch, s.batch) for s in ranks[0].slices
-    ]
+    skipping = any(not rank.phantoms for rank in ranks)
+    order = sorted(pieces) if skipping else [(s.loader, s.epoch, s.batch) for s in ranks[0].slices]
     return [[pieces[key][i] for i in range(sizes[key])] for key in order]

@@ -110,7 +110,7 @@ class Feed(DataLoader[Any]):
         if not self._aligned:
             sources.align()
             self._aligned = True
-        self.close()
+        self._report()
         course = self._open(sources)
         with self._activity.during(Phase.INPUT, "starting the loader"):
             new = self._start(course)
@@ -126,12 +126,13 @@ class Feed(DataLoader[Any]):
             self._committed = self._course.seen
 
     def close(self) -> None:
-        """Report a pass that was left early. Done by the next ``iter()`` too; a pass that still goes on after that is
-        reported again at its end."""
-        course = self._course
-        if course is not None and not course.reported:
-            course.reported = True
-            self._hooks.on_epoch(course.report())
+        """Report a pass that was left early, and let persistent workers end. Called when the job ends.
+
+        By reference count, not by the garbage collector: torch's workers do not hear a collected loader and are waited
+        for in vain, five seconds each.
+        """
+        self._report()
+        self._inner = None
 
     def state_dict(self) -> dict[str, Any]:
         """The committed position, as JSON values. The data stream itself is saved by ``Streams.state_dict``."""
@@ -158,6 +159,13 @@ class Feed(DataLoader[Any]):
         self._epoch = position.epoch
         self._course = None
         self._resume = position if position.begin else None
+
+    def _report(self) -> None:
+        """Tell how far an open pass came: another begins. Should it go on nevertheless, its end is told too."""
+        course = self._course
+        if course is not None and not course.reported:
+            course.reported = True
+            self._hooks.on_epoch(course.report())
 
     def _sources(self) -> Sources:
         return Sources(self._loader, self._streams, walked=self._walked)

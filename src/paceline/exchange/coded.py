@@ -29,9 +29,9 @@ async def coded_mean(message: Message, codec: Codec) -> list[float]:
     """Exchange the payload of `message` through `codec`, in place; return the headers summed over ranks."""
     payload, rank, size, tag = message.payload, message.rank, message.size, message.buffer.key
     slices = _slices(payload, size)
-    header = torch.tensor(message.header, dtype=torch.float64).view(torch.uint8)
+    header = torch.tensor(message.header, dtype=torch.float64, device=payload.device).view(torch.uint8)
 
-    outgoing = [_packed(codec, part, header.to(payload.device)) for part in slices]
+    outgoing = [_packed(codec, part, header) for part in slices]
     incoming = [torch.empty_like(outgoing[rank]) for _ in range(size)]
     await _swap(outgoing, incoming, rank, tag)
 
@@ -41,7 +41,7 @@ async def coded_mean(message: Message, codec: Codec) -> list[float]:
     mean = _sum(codec, [parcel[front:] for parcel in incoming], slices[rank])
     scale(mean, sums, message.divisor)
 
-    code = _packed(codec, mean, header[:0].to(payload.device))
+    code = _packed(codec, mean, header[:0])
     codes = [payload.new_empty(codec.nbytes(part.numel()), dtype=torch.uint8) for part in slices]
     await _swap([code] * size, codes, rank, tag)
     for part, code in zip(slices, codes, strict=True):

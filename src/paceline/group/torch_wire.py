@@ -1,34 +1,32 @@
 """The wire over c10d: gloo for CPU buffers, NCCL for CUDA buffers. It works wherever torch does, on one host or many.
 
 Collectives are c10d's own; what is added is the header in the payload's message (``tail``), the roll call in small
-exchanges (``roll``), and an end to waiting when the launcher says so (``torch_sockets``: [Note: cutting gloo]).
-
-Waiting is c10d's own blocking wait: polling takes a core that gloo's threads need.
+exchanges (``roll``), and an end to waiting when a peer is lost or the launcher says so (``torch_work``, ``torch_sockets``).
 """
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store
 
 from paceline.group import roll, tail
-from paceline.group.torch_sockets import Connections, Watch
+from paceline.group.torch_sockets import Connections
+from paceline.group.torch_work import CollectiveWork, Errands, Guard, MessageWork, keep_for_good, settled, short
 from paceline.group.wire import AllGather, AllReduce, Buffer, Receive, Region, Request, Send, Together, Work
 from paceline.group.works import All, Done, Then
 from paceline.terms.activity import Activity, Board, Phase
-from paceline.terms.errors import Aborted, PacelineError, PeerLost, WireError
+from paceline.terms.errors import Aborted, PacelineError, WireError
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-_MASK_BITS = 62
-_PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "Connection refused")
+_FAREWELL_S = 0.5  # what is cut ends within milliseconds, or is stuck
 
 
 class TorchWire:
@@ -71,11 +69,11 @@ class TorchWire:
         members: Sequence[int] = (),
     ) -> None:
         self.rank, self.size = rank, size
-        self._board, self._activity = board, activity
-        self._members = tuple(members or range(size))
-        self._failure: WireError | None = None
+        self._activity = activity
         self._operation = self._keys = 0
-        self._connections = Connections()
+        self._connections, self._errands = Connections(), Errands()
+        self._open: list[Any] = []  # c10d's collectives that may be under way
+        self._guard = Guard(board, activity, self._connections, members or range(size), self._cut)
         self._store = store  # c10d holds only the C++ half of a store that is written in Python
         self._groups: dict[str, Any] = {}  # by device type; c10d's stubs do not know a backend's collectives
         with _joining(), self._connections.recorded():
@@ -84,14 +82,14 @@ class TorchWire:
         if device.type == "cuda" and torch.cuda.is_available():
             with _joining():
                 self._groups["cuda"] = _nccl(PrefixStore(f"{prefix}/nccl", store), rank, size, timeout)
-        self._watch = Watch(lambda: board.aborted, self._cut)
+        self._connections.name(rank, self.gather_bytes(f"join {prefix}", self._connections.digests()))
 
     # -- memory
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Region:
         try:
             return Region(torch.zeros(numel, dtype=dtype, device=device))
         except RuntimeError as error:
-            raise WireError("PL405", f"no memory for {numel} elements of {dtype}: {_short(error)}") from error
+            raise WireError("PL405", f"no memory for {numel} elements of {dtype}: {short(error)}") from error
 
     def cut(self, region: Region, numels: Sequence[int], header_size: Sequence[int]) -> list[Buffer]:
         """See :meth:`Wire.cut`. Buffers have gaps between them, where their headers travel."""
@@ -113,9 +111,9 @@ class TorchWire:
             case AllGather(tensor=tensor):
                 return self._all_gather(tensor)
             case Send(to=to, tensor=tensor, tag=tag):
-                return self._begin(tensor, lambda group: group.send([tensor], to, tag), lambda: None, [to])
+                return self._message(tensor, to, lambda group: group.send([tensor], to, tag), lambda: None)
             case Receive(source=source, into=into, tag=tag):
-                return self._begin(into, lambda group: group.recv([into], source, tag), lambda: into, [source])
+                return self._message(into, source, lambda group: group.recv([into], source, tag), lambda: into)
             case Together(requests=requests):
                 return self._together(requests)
         raise WireError("PL206", f"the torch wire cannot carry out a {type(request).__name__}")
@@ -154,23 +152,24 @@ class TorchWire:
         nccl._group_end()
         return All(works)
 
-    def _begin(
-        self, tensor: Tensor, call: Callable[[Any], Any], finish: Callable[[], T], peers: Sequence[int] = ()
-    ) -> Work[T]:
-        """Start `call` on the group of the tensor's device; its result is that of `finish`."""
-        if self._failure is not None:
-            raise self._failure
-        mask = self._mask(peers or range(self.size))
-        try:
-            work = call(self._groups[tensor.device.type])
-        except RuntimeError as error:
-            raise self._failed(error) from error
-        return _Started(work, finish, lambda: self._activity.waits_for(mask), self._failed)
+    def _begin(self, tensor: Tensor, call: Callable[[Any], Any], finish: Callable[[], T]) -> Work[T]:
+        """Start a collective on the group of the tensor's device; its result is that of `finish`."""
+        work = self._call(tensor, call)
+        self._open = [other for other in self._open if not other.is_completed()] + [work]
+        return CollectiveWork(work, finish, self._guard, range(self.size), tensor.is_cuda)
 
-    def _mask(self, peers: Sequence[int]) -> int:
-        """The ranks of the job that `peers` of this group are, as the board writes them."""
-        ranks = (self._members[peer] for peer in peers if peer != self.rank)
-        return sum(1 << rank for rank in ranks if rank < _MASK_BITS)
+    def _message(self, tensor: Tensor, peer: int, call: Callable[[Any], Any], finish: Callable[[], T]) -> Work[T]:
+        work = self._call(tensor, call)
+        if tensor.is_cuda:  # NCCL knows when a message is done
+            return CollectiveWork(work, finish, self._guard, (peer,), on_cuda=True)
+        return MessageWork(work, finish, self._guard, peer, self._errands)
+
+    def _call(self, tensor: Tensor, call: Callable[[Any], Any]) -> Any:
+        self._guard.check()
+        try:
+            return call(self._groups[tensor.device.type])
+        except RuntimeError as error:
+            raise self._guard.failed(error) from error.with_traceback(None)
 
     # -- blocking calls
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
@@ -208,71 +207,25 @@ class TorchWire:
     # -- the end
     def abort(self) -> None:
         """Make every operation of this rank, and of its peers that need it, fail now. From any thread."""
-        self._failure = self._failure or Aborted("PL404", "the exchange was aborted")
-        self._cut()
+        self._guard.fail(Aborted("PL404", "the exchange was aborted"))
 
     def close(self) -> None:
-        if self._groups:
-            self._failure = Aborted("PL404", "the wire is closed")  # a new one: the old one's frames hold the group
-            self._watch.stop()
-            self._cut()
-            self._groups = {}
+        if not self._groups:
+            return
+        self._guard.failure = Aborted("PL404", "the wire is closed")
+        self._cut()
+        deadline = time.monotonic() + _FAREWELL_S
+        self._errands.close(deadline)
+        groups, self._groups = self._groups, {}
+        if not all(settled(work, deadline) for work in self._open):
+            keep_for_good(groups["cpu"])
+        self._open.clear()
 
     def _cut(self) -> None:
         self._connections.cut()
-        if "cuda" in self._groups:
-            self._groups["cuda"].abort()
-
-    def _failed(self, error: RuntimeError) -> WireError:
-        """Our error for one of c10d's. The others are told by the cut."""
-        self._failure = self._failure or self._reason(error)
-        self._cut()
-        return self._failure
-
-    def _reason(self, error: RuntimeError) -> WireError:
-        lost = self._board.lost
-        if lost not in (-1, self._activity.rank):
-            return PeerLost("PL403", f"rank {lost} was lost")
-        if self._board.aborted:
-            return Aborted("PL404", "the run was ended")
-        if any(sign in str(error) for sign in _PEER_GONE):
-            return PeerLost("PL403", f"a peer closed its connection: {_short(error)}")
-        return WireError("PL406", _short(error))
-
-
-class _Started(Generic[T]):
-    """A c10d work. c10d knows of a gloo message, unlike a collective, that it is done only when it is waited for."""
-
-    def __init__(
-        self,
-        work: Any,
-        finish: Callable[[], T],
-        before_wait: Callable[[], None],
-        failed: Callable[[RuntimeError], WireError],
-    ) -> None:
-        self._work, self._finish, self._before_wait, self._failed = work, finish, before_wait, failed
-        self._value: list[T] = []
-        self._error: WireError | None = None
-
-    def poll(self) -> bool:
-        return self._work is None or bool(self._work.is_completed())
-
-    def wait(self) -> T:
-        if self._work is not None:
-            self._wait(self._work)
-            self._value.append(self._finish())
-        if self._error is not None:
-            raise self._error
-        return self._value[0]
-
-    def _wait(self, work: Any) -> None:
-        self._work = None  # whatever comes: a work that is held keeps its group's sockets open
-        try:
-            self._before_wait()
-            work.wait()
-        except RuntimeError as error:
-            self._error = self._failed(error)
-            raise self._error from error
+        nccl = self._groups.get("cuda")
+        if nccl is not None:
+            nccl.abort()
 
 
 @contextmanager
@@ -282,7 +235,7 @@ def _joining() -> Iterator[None]:
     except PacelineError:
         raise
     except RuntimeError as error:
-        raise WireError("PL411", f"the group could not be formed: {_short(error)}") from error
+        raise WireError("PL411", f"the group could not be formed: {short(error)}") from error
 
 
 def _gloo(store: Store, rank: int, size: int, timeout: timedelta, hostname: str, interface: str) -> Any:
@@ -309,9 +262,3 @@ def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
 def _bytes(tensor: Tensor) -> Tensor:
     """The tensor's memory, as a type that every backend carries."""
     return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def _short(error: BaseException) -> str:
-    """The first sentence of a library's message, without the place in its source."""
-    first = str(error).strip().split("\n")[0].split(". ")[0]
-    return re.sub(r"^\[[^\]]*\]\s*", "", first)[:200] or type(error).__name__

@@ -59,7 +59,7 @@ class Console:
             text = f"warning[{code}]: {report['message']}" if code else str(report["message"])
             self.output(rank, text, "stderr")
         if report["kind"] == "adopt" and rank == 0:
-            self.say([f"{report.get('describe') or report.get('strategy')} · wire {report.get('wire')}"])
+            self.say([f"strategy {report.get('strategy')} · wire {report.get('wire')}"])
 
     def beat(self, snapshots: Sequence[Snapshot], now: float) -> None:
         self._snapshots = snapshots

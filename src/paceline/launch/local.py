@@ -175,7 +175,7 @@ class Launcher:
         if kind == "end" and report.get("hash"):
             self._hashes[rank] = report["hash"]
         if kind == "adopt" and rank == 0:
-            self._update(strategy=report.get("strategy"), wire=report.get("wire"))
+            self._update(**{key: report.get(key) for key in ("strategy", "wire", "describe")})
 
     def _on_exit(self, child: Child) -> None:
         """A rank has ended. The others are told before anything else is done about it."""

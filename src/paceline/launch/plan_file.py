@@ -5,6 +5,7 @@ An empty strategy means that the command line named none; then the script decide
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from paceline.terms.errors import UsageError
 from paceline.terms.plan import Plan
 
 _HEAD = "# The plan of a Paceline run. `paceline run --plan FILE` runs it again; flags given beside it win.\n"
+_BARE = re.compile("[A-Za-z0-9_-]+")
 _KINDS: dict[str, type] = {
     "script": str,
     "script_args": list,
@@ -35,7 +37,7 @@ def emit(plan: Plan) -> str:
         if f.name != "settings" and value is not None and not (f.name == "strategy" and value == ""):
             lines.append(f"{f.name} = {_value(value)}\n")
     lines.append("\n[settings]\n")
-    lines += [f"{_text(name)} = {_text(value)}\n" for name, value in plan.settings]
+    lines += [f"{name if _BARE.fullmatch(name) else _text(name)} = {_text(value)}\n" for name, value in plan.settings]
     return _HEAD + "".join(lines)
 
 

@@ -134,7 +134,7 @@ class RunDirectory:
         try:
             for name in ("events", "ledger", "logs"):
                 (run.path / name).mkdir(parents=True, exist_ok=True)
-            run._record = {"state": "starting", "plan": asdict(plan), **record}
+            run._record = {"state": "starting", "plan": asdict(plan) | {"settings": dict(plan.settings)}, **record}
             run._replace("plan.toml", plan_file.emit(plan))
             run._replace("endpoints.json", "[]\n")
             run._replace("processes.json", "[]\n")

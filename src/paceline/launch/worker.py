@@ -101,15 +101,24 @@ class Rank:
         try:
             self._work()
             session.finish()
-            self._insist_on_adoption()
         except Stopped as stopped:
             session.finish(stopped)
+            session.activity.enter(Phase.FINISHED)
+            return 0
         except SystemExit as error:
             return self._left(error)
         except KeyboardInterrupt as error:
             return self._interrupted(error)
         except BaseException as error:
             return self._failed(error)
+        return self._ended_well()
+
+    def _ended_well(self) -> int:
+        """Several processes that share nothing are a mistake, and were the slowest way to run the script once."""
+        session, size = self._session, self._session.place.size
+        if size > 1 and not self._function and not session.adopted:
+            message = f"the script ended without job.adopt: each of {size} processes ran all of it"
+            return self._failed(UsageError("PL102", message))
         session.activity.enter(Phase.FINISHED)
         return 0
 
@@ -128,12 +137,6 @@ class Rank:
         except SystemExit as error:
             if error.code not in (None, 0):
                 raise
-
-    def _insist_on_adoption(self) -> None:
-        """Several processes that share nothing are a mistake, and were the slowest way to run the script once."""
-        size = self._session.place.size
-        if size > 1 and not self._function and not self._session.adopted:
-            raise UsageError("PL102", f"the script ended without job.adopt: each of {size} processes ran all of it")
 
     def _left(self, error: SystemExit) -> int:
         """``sys.exit`` with something that means failure; the status is the one that Python would make of it."""

@@ -1,4 +1,4 @@
-"""Which of several failures is the cause, and how all of them are told. Pure.
+"""Which of several failures is the cause, and how all of them are told.
 
 When one rank fails the others fail after it: their wires break, or the launcher ends them. So the earliest failure
 that is not a consequence is the cause. Whoever was only a witness is folded into one line; the cause is printed last,
@@ -25,9 +25,8 @@ _ECHO = ("PL406",)  # a collective library that reports an error, as it does whe
 _CHAIN_FRAMES = 1
 
 _SIGNALS = {
-    signals.SIGKILL: "nobody but the kernel and an administrator sends SIGKILL unasked: most often it is the kernel's "
-    "out-of-memory killer. `dmesg | grep -i oom` or `memory.events` of the container tell; use a smaller batch, fewer "
-    "processes (`-n`), or fewer loader workers.",
+    signals.SIGKILL: "most often this is the kernel's out-of-memory killer (`dmesg | grep -i oom`): use a smaller batch, "
+    "fewer processes (`-n`), or fewer loader workers.",
     signals.SIGBUS: "a page of memory could not be had: shared memory (`df -h /dev/shm`) or the disk under a mapped file is full.",
     signals.SIGSEGV: "native code read memory that is not its own: an extension or a mismatch of compiled packages. "
     "`python -X faulthandler` with one process shows the place.",

@@ -226,12 +226,15 @@ def _table(snapshots: Sequence[Snapshot], now: float) -> tuple[str, ...]:
     """One line for each rank; ranks that do the same at the same place share one."""
     groups: dict[tuple[object, ...], list[Snapshot]] = {}
     for s in sorted(snapshots, key=lambda s: s.rank):
-        alone = s.phase is not Phase.WAIT
+        alone = s.phase is not Phase.WAIT or _is_silent(s, now)
         key = (s.rank,) if alone else (s.phase, kind(s.what), s.where, s.step)
         groups.setdefault(key, []).append(s)
-    rows = [(ranks(_numbers(group)), group[0]) for group in groups.values()]
+    rows = [(ranks(_numbers(group)), group) for group in groups.values()]
     width = max((len(name) for name, _ in rows), default=0)
-    lines = [f"{name:<{width}}  {doing(s, now)}{_beat(s, now)}" for name, s in rows[:_TABLE]]
+    lines = [
+        f"{name:<{width}}  {doing(group[0], now, len(group) > 1)}{_beat(group[0], now)}"
+        for name, group in rows[:_TABLE]
+    ]
     return tuple(lines) + ((f"and {len(rows) - _TABLE} more",) if len(rows) > _TABLE else ())
 
 

@@ -35,6 +35,8 @@ class Pipe:
             self._stream.write(text)
         except UnicodeEncodeError:
             self.write(text.encode(self.encoding, "replace").decode(self.encoding))
+        except BlockingIOError:
+            pass  # somebody has made the terminal non-blocking and it is full: what does not fit comes later or not
         except (OSError, ValueError) as failure:
             self._break(failure)
 
@@ -43,6 +45,8 @@ class Pipe:
             return
         try:
             self._stream.flush()
+        except BlockingIOError:
+            pass
         except (OSError, ValueError) as failure:
             self._break(failure)
 

@@ -20,7 +20,8 @@ def hold(value: Any) -> Any:
     """`value`, safe to convert later: copied, without its autograd graph. Costs about a microsecond.
 
     A tensor on the CPU is converted here: nothing has to be waited for, and the user may change it in place after the
-    call. One on a device is detached and cloned, which is queued on the device and not waited for.
+    call. One on a device is detached and cloned, which is queued on the device and not waited for; it is read on
+    the default stream, so a value that is computed on another CUDA stream should be logged after that was joined.
     """
     try:
         return _hold(value)

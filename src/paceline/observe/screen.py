@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 from paceline.observe.picture import Meter, Strip, headline, region
 from paceline.observe.pipe import Pipe
 from paceline.observe.plain import plain
-from paceline.terms.activity import Snapshot
+from paceline.observe.words import ranks
+from paceline.terms.activity import Phase, Snapshot
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +70,7 @@ class Screen:
         self._console: Console | None = None
         self._live: Live | None = None
         self._began = self._drawn = self._told = clock()
-        self._said = ""
+        self._said = _said(0, 0, {})  # nothing, which is not worth a line
         self.mode: Literal["live", "plain", "json"] = self._choose(mode)
 
     def line(self, text: str, label: str | None = None, err: bool = False) -> None:
@@ -121,12 +122,13 @@ class Screen:
 
     def _tell(self, snapshots: Sequence[Snapshot], values: Mapping[str, float]) -> None:
         progress = self._meter.progress()
-        said = f"{progress.step} {progress.epoch} {dict(values)}"
-        if said == self._said and self._clock() - self._told < _IDLE:
+        said = _said(progress.step, progress.epoch, values)
+        idle = said == self._said
+        if idle and self._clock() - self._told < _IDLE:
             return
         self._said, self._told = said, self._clock()
         if self.mode == "plain":
-            self._out.say(headline(progress, values))
+            self._out.say(headline(progress, values) + (_places(snapshots) if idle else ""))
             return
         self._object(
             "progress",
@@ -235,6 +237,17 @@ def _text(strip: Strip) -> Text:
     from rich.text import Text
 
     return Text.assemble(*strip, no_wrap=True, overflow="crop")
+
+
+def _said(step: int, epoch: int, values: Mapping[str, float]) -> str:
+    return f"{step} {epoch} {dict(values)}"
+
+
+def _places(snapshots: Sequence[Snapshot]) -> str:
+    """Where the ranks are that do not wait; for when nothing else has changed."""
+    busy = [s for s in snapshots if s.phase is not Phase.WAIT] or snapshots
+    places = list(dict.fromkeys(s.where for s in busy if s.where))[:3]
+    return f" · {ranks([s.rank for s in busy])} at {', '.join(places)}" if places else ""
 
 
 def _rank(snapshot: Snapshot) -> dict[str, Any]:

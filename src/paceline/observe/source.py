@@ -25,8 +25,8 @@ class Source:
     """
 
     def __init__(self, script: Path | None) -> None:
-        self._script = str(script.resolve()) if script is not None else None
-        self._room = os.path.dirname(self._script) + os.sep if self._script is not None else ""
+        self._script = os.path.realpath(script) if script is not None else None
+        self._rooms = _rooms(script) if script is not None else ("",)
         self._known: dict[str, bool] = {}
 
     def mine(self, filename: str) -> bool:
@@ -42,7 +42,7 @@ class Source:
         path = os.path.realpath(filename)
         if path == self._script:
             return True
-        return not _installed(path) and not path.startswith((_PACELINE, _STANDARD)) and path.startswith(self._room)
+        return not _installed(path) and not path.startswith((_PACELINE, _STANDARD)) and path.startswith(self._rooms)
 
     def machinery(self, filename: str) -> bool:
         """True for frames that a traceback can lose: Paceline, torch, the standard library, the import system."""
@@ -53,6 +53,12 @@ class Source:
         path = os.path.realpath(filename)
         standard = path.startswith(_STANDARD) and not _installed(path)
         return standard or path.startswith(_PACELINE) or _of_torch(path)
+
+
+def _rooms(script: Path) -> tuple[str, ...]:
+    """Where modules of the script may lie: beside it, and beside the file that it is a link to."""
+    beside = os.path.realpath(os.path.dirname(os.path.abspath(script)))
+    return os.path.join(beside, ""), os.path.join(os.path.dirname(os.path.realpath(script)), "")
 
 
 def _installed(path: str) -> bool:

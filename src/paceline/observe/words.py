@@ -11,13 +11,13 @@ COMPILING = "torch.compile"
 """Said in a heartbeat while the main thread is inside torch's compiler, which may take minutes and is no hang."""
 
 _VERBS = {
-    Phase.STARTING: "is starting",
-    Phase.COMPUTE: "computes",
-    Phase.EXCHANGE: "exchanges",
-    Phase.WAIT: "waits",
-    Phase.INPUT: "reads its next batch",
-    Phase.FINISHED: "has ended its script",
-    Phase.FAILED: "has failed",
+    Phase.STARTING: ("is starting", "are starting"),
+    Phase.COMPUTE: ("computes", "compute"),
+    Phase.EXCHANGE: ("exchanges", "exchange"),
+    Phase.WAIT: ("waits", "wait"),
+    Phase.INPUT: ("reads its next batch", "read their next batch"),
+    Phase.FINISHED: ("has ended its script", "have ended their script"),
+    Phase.FAILED: ("has failed", "have failed"),
 }
 
 
@@ -64,9 +64,9 @@ def kind(what: str) -> str:
     return re.split(r"[,:(\[\d]", what, maxsplit=1)[0].strip().lower() or what
 
 
-def doing(snapshot: Snapshot, now: float) -> str:
-    """What a rank is doing, since when, for whom and where, as half a sentence."""
-    parts = [_VERBS[snapshot.phase]]
+def doing(snapshot: Snapshot, now: float, many: bool = False) -> str:
+    """What a rank (or many like it) is doing, since when, for whom and where, as half a sentence."""
+    parts = [_VERBS[snapshot.phase][many]]
     timed = snapshot.phase not in (Phase.FINISHED, Phase.FAILED) and snapshot.since > 0
     if timed:
         parts.append(f"for {duration(now - snapshot.since)}")

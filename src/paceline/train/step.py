@@ -130,7 +130,8 @@ class Stepper:
         """A bucket is full while backward runs: start its exchange, and give the others a push."""
         if len(self.replicas) == 1:
             self._launch(replica, bucket)
-            self._drive.poll()
+            if not self.wire.ordered:
+                self._drive.poll()
         else:
             bucket.launched = False  # ranks must agree on the replicas first: launched when backward has ended
 

@@ -175,9 +175,9 @@ def compiled(job):
 
 def explicit_steps(job):
     model = net(WIDTH, 8, 4)
-    model, _, data = job.adopt(model, torch.optim.Adam(model.parameters(), lr=1e-2), loader())
+    model, opt, data = job.adopt(model, torch.optim.Adam(model.parameters(), lr=1e-2), loader())
     for batch in data:
-        job.step(lambda b: F.cross_entropy(model(b[0]), b[1]), batch)
+        job.step(lambda b: F.cross_entropy(model(b[0]), b[1]), batch, optimizer=opt)
     return weights(model)
 
 
@@ -213,19 +213,19 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.single = nn.Linear(WIDTH, 8, dtype=torch.float32)
-        self.double = nn.Linear(8, 4, dtype=torch.float64)
+        self.narrow = nn.Linear(WIDTH, 8, dtype=torch.float32)
+        self.wide = nn.Linear(8, 4, dtype=torch.float64)
         self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
         self.empty = nn.Parameter(torch.empty(0, 3, dtype=torch.float64))
 
     def forward(self, x):
-        return self.double(self.single(x.float()).double()) * self.scale + self.empty.sum()
+        return self.wide(self.narrow(x.float()).double()) * self.scale + self.empty.sum()
 
 
 def mixed_parameters(job):
     model = Odd()
     a = torch.optim.SGD([model.scale, model.empty], lr=0.1)
-    b = torch.optim.SGD([*model.single.parameters(), *model.double.parameters()], lr=0.1, momentum=0.9)
+    b = torch.optim.SGD([*model.narrow.parameters(), *model.wide.parameters()], lr=0.1, momentum=0.9)
     model, a, b, data = job.adopt(model, a, b, loader())
     for x, y in data:
         model.zero_grad(set_to_none=False)

@@ -181,14 +181,16 @@ def test_main_can_be_pickled_for_children_that_are_spawned(tmp_path: Path) -> No
 
 def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "full"
-    for folder, name in (("logs", "rank0.log"), ("events", "rank0.jsonl")):
-        (run / folder).mkdir(parents=True)
-        (run / folder / name).symlink_to("/dev/full")
+    (run / "logs").mkdir(parents=True)
+    (run / "logs" / "rank0.log").symlink_to("/dev/full")
+    (run / "events" / "rank0.jsonl").mkdir(parents=True)  # cannot be opened as a file
     script = write(tmp_path, "for i in range(50): print('line', i)\n")
     done = run_paceline("run", script, "--run-dir", "full", cwd=tmp_path)
     assert done.returncode == 0, show(done)
     assert "line 49\n" in done.stdout
-    assert (done.stdout + done.stderr).count("cannot be written any more") == 1
+    told = done.stdout + done.stderr
+    assert told.count("cannot be written any more (No space left on device)") == 1
+    assert told.count("the events of rank0 cannot be written") == 1
 
 
 # ---- a run that fails -----------------------------------------------------------------------------------------------

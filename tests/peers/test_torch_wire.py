@@ -157,7 +157,7 @@ def test_ranks_in_different_calls_name_each_other() -> None:
     for met, after in run(say_where, 3):
         assert (met["error"], met["code"]) == ("StepError", "PL402")
         assert met["message"].startswith("ranks 0, 2 are in 'adopt at train.py:3adopt")
-        assert "rank 1 is in \"job.sum('loss') at train.py:7\" (call 1)" in met["message"]
+        assert "rank 1 is in \"job.sum('loss') at train.py:7\" (call 2)" in met["message"]
         assert after == {"value": None}
 
 
@@ -166,8 +166,8 @@ def test_a_frame_shows_tag_and_payload() -> None:
     assert (frame.operation, frame.inline, frame.complete) == (3, b"payload", True)
     assert frame.tag == ("tag" * 100)[:200]
     assert not roll.unpack(roll.pack(3, "", bytes(roll.FRAME))).complete
-    with pytest.raises(StepError, match=r"rank 0 is in 'a' \(call 1\); rank 1 is in 'a' \(call 2\)"):
-        roll.check([roll.unpack(roll.pack(number, "a", b"")) for number in (1, 2)])
+    with pytest.raises(StepError, match=r"rank 4 is in 'a' \(call 1\); rank 6 is in 'a' \(call 2\)"):
+        roll.check([roll.unpack(roll.pack(number, "a", b"")) for number in (1, 2)], [4, 6])
 
 
 def refuse(peer: Peer, store: str) -> list[Any]:

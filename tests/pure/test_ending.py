@@ -41,11 +41,17 @@ def test_only_the_first_failure_aborts() -> None:
     assert ending.mistake(1.3) == []
 
 
-def test_an_exception_leaves_time_for_farewells() -> None:
+def test_ranks_on_their_way_out_have_time_for_farewells_and_deaf_ones_do_not() -> None:
     ending = Ending()
-    ending.failed(0, 1.0)
-    assert ending.tick(1.0 + ends.WITNESS_GRACE) == []
+    assert ending.failed(0, 1.0) == [Abort(0)]
+    ending.failed(2, 1.1)
+    leaving = frozenset({0, 2})
+    assert ending.tick(1.0 + ends.WITNESS_GRACE) == [Signal(TERM, spare=leaving)]
+    assert ending.tick(1.0 + ends.WITNESS_GRACE + ends.TERM_GRACE) == [Signal(signal.SIGKILL, spare=leaving)]
+    assert ending.tick(0.9 + ends.FAREWELL_GRACE) == []
     assert ending.tick(1.0 + ends.FAREWELL_GRACE) == [Signal(TERM)]
+    assert ending.tick(1.0 + ends.FAREWELL_GRACE + ends.TERM_GRACE) == [Signal(signal.SIGKILL)]
+    assert ending.deadline is None
 
 
 def test_three_times_ctrl_c() -> None:

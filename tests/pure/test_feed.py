@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,10 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from paceline.data.inner import build
 from paceline.data.order import KeyedSampler
+from paceline.data.split import Cut
+from paceline.data.streams import Streams
 from paceline.terms.errors import AdoptError
 from support.feeds import Rank, Rows, Stream, reassembled, run_plain, run_ranks
 
@@ -491,16 +495,23 @@ def test_a_feed_passes_for_the_users_loader() -> None:
         len(Rank(0, 2, bytes).adopt(DataLoader(Chunks(), batch_size=None)))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_settings_reach_the_workers(method: str) -> None:
+def test_settings_reach_the_workers() -> None:
     def program(job: Any) -> list[list[int]]:
-        options: dict[str, Any] = {"multiprocessing_context": method, "worker_init_fn": start, "timeout": 60}
+        options: dict[str, Any] = {"multiprocessing_context": "fork", "worker_init_fn": start, "timeout": 60}
         map_style = job.adopt(DataLoader(Where(), batch_size=4, num_workers=1, **options))
         iterable = job.adopt(DataLoader(Stream(8), batch_size=4, num_workers=1, **options))
         return [rows_of(batch) for feed in (map_style, iterable) for batch in feed]
 
     ranks = run_ranks(program, 2)
     assert ranks[1].result == [[42, 42], [42, 42], [2, 3], [6, 7]]
+
+
+def test_what_goes_to_workers_can_be_sent_to_a_fresh_interpreter() -> None:
+    # As a "spawn" context does; starting one here would take seconds.
+    for workers, data in ((0, Rows(3)), (2, Rows(3)), (2, Stream(3))):
+        loader = DataLoader(data, batch_size=2, num_workers=workers, collate_fn=noisy_collate)
+        inner, _ = build(loader, Cut(1, 2), Streams(1, 2), lambda: True)
+        assert inner.collate_fn is noisy_collate or pickle.loads(pickle.dumps(inner.collate_fn))([4, 5]) is not None
 
 
 STARTED = [0]

@@ -7,6 +7,7 @@ still pass their output on), then the whole tree is killed, and the output so fa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -89,20 +90,30 @@ def show(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def dump_and_kill(pid: int, *, patience: float = 1.0) -> None:
-    """SIGABRT to the tree below `pid`, leaves first, then to `pid`; then SIGKILL to whatever is left of it."""
-    root = psutil.Process(pid)
-    below = root.children(recursive=True)
-    for family in (below, [root]):
+    """SIGABRT to the tree below `pid`, youngest generation first, `pid` last; then SIGKILL to whatever is left of it."""
+    generations = _generations(psutil.Process(pid))
+    for family in reversed(generations):
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.send_signal(signal.SIGCONT)
                 member.send_signal(signal.SIGABRT)
         time.sleep(patience)
-    for member in (*below, root):
+    for member in itertools.chain(*generations):
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def _generations(root: psutil.Process) -> list[list[psutil.Process]]:
+    """`root`, its children, their children, and so on."""
+    found = [[root]]
+    while found[-1]:
+        found.append([])
+        for parent in found[-2]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[-1] += parent.children()
+    return found
 
 
 def _read(file: object) -> str:

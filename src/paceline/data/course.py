@@ -38,6 +38,7 @@ class Course:
         skip: Batches that were committed before a resume: drawn again, not given again.
         rewind: Where the order of a resumed pass is drawn from.
         ahead: A resumed pass had drawn more than was committed.
+        again: Workers of an earlier pass serve this one (or did, before a resume): torch draws no seed for them.
         drawn: Batches on their way.
         num_drawn, order: How many batches were drawn so far, and the checksum of their order.
         seen: How far the loop has come.
@@ -49,6 +50,7 @@ class Course:
     skip: Cursor = field(default_factory=Cursor)
     rewind: Rewind | None = None
     ahead: bool = False
+    again: bool = False
     drawn: deque[Drawn] = field(default_factory=deque)
     num_drawn: int = 0
     order: int = 0

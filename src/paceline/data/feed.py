@@ -140,14 +140,15 @@ class Feed(DataLoader[Any]):
         length, held = length_of(self._loader), tuple(self._sources().read_held())
         if course is None or course.ended or self._pass() is None:
             seen = course.seen if course else Cursor()
-            return Position(length, self._epoch, seen, False, None, held).to_json()
+            return Position(length, self._epoch, seen, False, False, None, held).to_json()
         ahead = max(course.num_drawn, course.seen.batch) > self._committed.batch
-        return Position(length, self._epoch, self._committed, ahead, self._origin, held).to_json()
+        return Position(length, self._epoch, self._committed, ahead, course.again, self._origin, held).to_json()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a saved position, with any number of ranks: the next ``iter()`` yields the batch after it.
 
-        Call it after ``Streams.load_state_dict``. Augmentation in workers begins with the seeds of the epoch's start.
+        Call it after ``Streams.load_state_dict``. What worker processes draw for themselves (augmentation; the order of
+        a data set that shuffles while it is walked, if the workers are persistent) begins anew.
 
         Raises:
             UsageError: The position is not one of this loader (PL308). That its *order* is another one is found by the
@@ -157,7 +158,7 @@ class Feed(DataLoader[Any]):
         position.check(self._loader)
         self._sources().write_held(position.held)
         self._epoch = position.epoch
-        self._course = None
+        self._course = self._inner = None
         self._resume = position if position.begin else None
 
     def _report(self) -> None:
@@ -176,11 +177,11 @@ class Feed(DataLoader[Any]):
         if resumed is None or resumed.begin is None:
             self._epoch += 1
             self._origin, self._committed = sources.snapshot(), Cursor()
-            self._course = Course(self._index, self._epoch)
+            self._course = Course(self._index, self._epoch, again=self._inner is not None)
             return self._course
         self._origin, self._committed = resumed.begin, resumed.cursor
         rewind = Rewind(sources, resumed.begin)
-        self._course = Course(self._index, self._epoch, resumed.cursor, rewind, resumed.ahead)
+        self._course = Course(self._index, self._epoch, resumed.cursor, rewind, resumed.ahead, resumed.again)
         return self._course
 
     def _start(self, course: Course) -> Pass:

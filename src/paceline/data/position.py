@@ -86,6 +86,10 @@ class Rewind:
             self._origin = self._sources.snapshot()
             self._sources.restore(found)
 
+    def copy(self) -> Rewind:
+        """Another one that stands where this one does."""
+        return Rewind(self._sources, self._origin)
+
     def stay(self) -> None:
         """Let the present go on from here: for orders that are drawn bit by bit, of which the rest is yet to come."""
         self._sources.restore(self._origin)
@@ -100,6 +104,7 @@ class Position:
         epoch: The pass that was begun last, from 0; -1 before the first.
         cursor: How far it was committed.
         ahead: Whether more than that had been drawn: by prefetching, or for a step that was not over.
+        again: Whether the pass was served by workers of an earlier pass.
         begin: Where its order came from, or None when the pass is over (to its end, or left early).
         held: States of what the loader holds, at the moment of saving.
     """
@@ -108,6 +113,7 @@ class Position:
     epoch: int
     cursor: Cursor
     ahead: bool
+    again: bool
     begin: Origin | None
     held: tuple[Any, ...]
 
@@ -120,6 +126,7 @@ class Position:
             "rows": self.cursor.rows,
             "order": self.cursor.order,
             "ahead": self.ahead,
+            "again": self.again,
             "begin": begin,
             "held": list(self.held),
         }
@@ -129,7 +136,9 @@ class Position:
         begin = saved["begin"]
         origin = begin and Origin(RandomState.from_json(begin["stream"]), tuple(begin["held"]))
         cursor = Cursor(saved["batch"], saved["rows"], saved["order"])
-        return cls(saved["length"], saved["epoch"], cursor, saved["ahead"], origin, tuple(saved["held"]))
+        return cls(
+            saved["length"], saved["epoch"], cursor, saved["ahead"], saved["again"], origin, tuple(saved["held"])
+        )
 
     def check(self, loader: DataLoader[Any]) -> None:
         """Raise UsageError (PL308) unless this can be a position of `loader`."""

@@ -63,14 +63,20 @@ class Walk:
         self.course = Course(0, 0)
 
     def __iter__(self) -> Iterator[Any]:
-        rewind = self.course.rewind or nullcontext
+        course, starts = self.course, not self._seeded
+        self._seeded = True
+        if starts and course.again and course.rewind:
+            # The pass was begun by workers that ran already: this call of torch's, and its seed, were not made then.
+            with course.rewind.copy()(), self._streams.drawing():
+                self._seed_workers()
+            return iter(())
+        rewind = course.rewind or nullcontext
         with rewind(), self._streams.drawing():
             indices = iter(self._sampler)
-            if not self._seeded:
-                self._seeded = True
+            if starts:
                 self._seed_workers()
         cut = self._cut_batches if self._batched else self._note_items
-        return cut(self._draw(indices, self.course), self.course)
+        return cut(self._draw(indices, course), course)
 
     def _seed_workers(self) -> None:
         """Draw ``base_seed`` as torch would; rank 0's workers get it, others a seed of their own derived from it."""

@@ -142,40 +142,43 @@ class Gather:
 
     def __init__(self, lanes: Lanes, tensor: Tensor, tag: str) -> None:
         self._lanes, self._tensor, self._name = lanes, tensor.detach().contiguous(), f"gather {tag}"
-        self._line = lanes.own(self._name).line
-        self._line.append(self)
-        self._number = 0
-        self._gathered: list[Tensor] | None = None
+        self._lane = lanes.own(self._name)
+        self._lane.line.append(self)
+        self._number = 0  # of its message; 0 before it is published
+        self._outcome: list[Tensor] | StepError | None = None
         self.advance()
 
     def advance(self) -> bool:
-        if self._gathered is not None:
-            return True
-        if self._line[0] is not self:
-            return False  # an earlier gather of this tag comes first
-        if not self._number:
-            self._lanes.put(self._name, self._tensor)
-            self._number = self._lanes.own(self._name).count
-        if self.missing():
-            return False
-        self._gathered = [self._take(rank) for rank in range(self._lanes.bell.size)]
-        self._line.pop(0)
-        return True
+        if self._outcome is None and self._lane.line[0] is self:  # earlier gathers of this tag come first
+            if not self._number:
+                self._lanes.put(self._name, self._tensor)
+                self._number = self._lane.count
+            if not self.missing():
+                self._outcome = self._take()
+                self._lane.line.pop(0)
+        return self._outcome is not None
 
     def missing(self) -> int:
-        wanted = self._number or self._lanes.own(self._name).count
-        if self._gathered is not None:
+        if self._outcome is not None:
             return 0
+        wanted = self._number or self._lane.count
         return sum(1 << r for r in range(self._lanes.bell.size) if self._lanes.count(r, self._name) < wanted)
 
     def result(self) -> list[Tensor]:
-        assert self._gathered is not None
-        return self._gathered
+        assert self._outcome is not None
+        if isinstance(self._outcome, StepError):
+            raise self._outcome
+        return self._outcome
 
-    def _take(self, rank: int) -> Tensor:
-        into = torch.empty_like(self._tensor)
-        self._lanes.get(rank, self._name, self._number, into)
-        return into
+    def _take(self) -> list[Tensor] | StepError:
+        """Everybody's tensor, or that they are not alike: an end like any other, which whoever waits is told."""
+        gathered = [torch.empty_like(self._tensor) for _ in range(self._lanes.bell.size)]
+        try:
+            for rank, into in enumerate(gathered):
+                self._lanes.get(rank, self._name, self._number, into)
+        except StepError as error:
+            return error
+        return gathered
 
 
 class Sending:
@@ -184,27 +187,25 @@ class Sending:
     def __init__(self, lanes: Lanes, to: int, tensor: Tensor, tag: int) -> None:
         self._lanes, self._to, self._tensor = lanes, to, tensor.detach().contiguous()
         self._name = f"send {lanes.bell.rank} to {to} tag {tag}"
-        self._line = lanes.own(self._name).line
-        self._line.append(self)
+        self._lane = lanes.own(self._name)
+        self._lane.line.append(self)
         self._sent = False
         self.advance()
 
     def advance(self) -> bool:
-        if not self._sent and self._line[0] is self and self._free():
+        if not self._sent and self._lane.line[0] is self and not self.missing():
             self._lanes.put(self._name, self._tensor)
-            self._line.pop(0)
+            self._lane.line.pop(0)
             self._sent = True
         return self._sent
 
     def missing(self) -> int:
-        return 0 if self._sent or self._free() else 1 << self._to
+        """The receiver, while it has not yet read what lies in the slot that comes next."""
+        free = self._sent or self._lane.count - self._lanes.count(self._to, f"taken: {self._name}") < 2
+        return 0 if free else 1 << self._to
 
     def result(self) -> None:
         return None
-
-    def _free(self) -> bool:
-        """Whether the slot that comes next has been read."""
-        return self._lanes.own(self._name).count - self._lanes.count(self._to, f"taken: {self._name}") < 2
 
 
 class Receiving:
@@ -218,10 +219,14 @@ class Receiving:
         self._lane = lanes.own(f"taken: {self._name}")
         self._lane.line.append(self)
         self._taken = False
+        self._error: StepError | None = None
 
     def advance(self) -> bool:
         if not self._taken and self._lane.line[0] is self and not self.missing():
-            self._lanes.get(self._source, self._name, self._lane.count + 1, self._into)
+            try:
+                self._lanes.get(self._source, self._name, self._lane.count + 1, self._into)
+            except StepError as error:
+                self._error = error
             self._lanes.advance_count(f"taken: {self._name}")
             self._lane.line.pop(0)
             self._taken = True
@@ -232,4 +237,6 @@ class Receiving:
         return 0 if there else 1 << self._source
 
     def result(self) -> Tensor:
+        if self._error is not None:
+            raise self._error
         return self._into

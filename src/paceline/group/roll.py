@@ -57,12 +57,12 @@ def unpack(data: bytes) -> Frame:
     return Frame(operation, digest, data[_HEAD.size : start].decode(errors="replace"), nbytes, data[start:][:nbytes])
 
 
-def check(frames: Sequence[Frame]) -> None:
-    """Raise StepError PL402, the same on every rank, unless all ranks are in the same call."""
+def check(frames: Sequence[Frame], names: Sequence[int]) -> None:
+    """Raise StepError PL402, the same on every rank, unless all are in the same call. `names`: the rank of each in messages."""
     if all((f.operation, f.digest) == (frames[0].operation, frames[0].digest) for f in frames):
         return
     where: dict[str, list[int]] = {}
-    for rank, frame in enumerate(frames):
+    for rank, frame in zip(names, frames, strict=True):
         where.setdefault(f"{frame.tag!r} (call {frame.operation})", []).append(rank)
     raise StepError("PL402", "; ".join(f"{_ranks(ranks)} in {call}" for call, ranks in where.items()))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -96,7 +96,7 @@ class ShmWire:
             self._patience = Patience(control, bell, board, activity, names, _YIELDS)
             self._rounds = Rounds(self._arena, control, bell, self._patience, names)
             self._lanes = Lanes(self._arena, self._arena.take_committed(size * TABLE_NBYTES), bell)
-            self._regions = Regions(self._arena, rank, size, self._engine)
+            self._regions = Regions(self._arena, rank, size, _engines(self._kernel, self._struct, bell))
         except BaseException:
             self._arena.close()
             raise
@@ -105,11 +105,6 @@ class ShmWire:
         if self._kernel is None:
             return Bell(control, self.rank, self.size)
         return KernelBell(control, self.rank, self.size, self._kernel, self._struct)
-
-    def _engine(self, layout: Layout) -> Sum:
-        if self._kernel is not None and KernelSum.takes(layout.dtype):
-            return KernelSum(layout, self._kernel, self._struct)
-        return PureSum(layout, self._bell)
 
     # -- memory
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> ShmRegion:
@@ -289,6 +284,17 @@ def _describe(control: Span, rank: int, size: int) -> WireStruct:
     return WireStruct(
         control=control.address, control_stride=PAGE, spin_ns=spin_ns, rank=rank, size=size, yields=_YIELDS
     )
+
+
+def _engines(kernel: Kernel | None, struct: WireStruct, bell: Bell) -> Callable[[Layout], Sum]:
+    """What makes the state of a buffer's all-reduce: in C where that can add its numbers."""
+
+    def engine(layout: Layout) -> Sum:
+        if kernel is not None and KernelSum.takes(layout.dtype):
+            return KernelSum(layout, kernel, struct)
+        return PureSum(layout, bell)
+
+    return engine
 
 
 def _check_cpu(device: torch.device) -> None:

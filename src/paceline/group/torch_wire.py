@@ -44,7 +44,7 @@ class TorchWire:
         prefix: Of the keys in the store. A prefix serves one group once: a second use would find dead addresses.
         hostname, interface: What gloo listens on, as an address or as a network interface; without either, on the
             address that the host's name resolves to.
-        members: The ranks of the job that form this group, in group order; without it, all.
+        names: The rank on the board of each rank of the wire, where they differ.
 
     Raises:
         WireError: The others could not be reached (PL411).
@@ -66,14 +66,15 @@ class TorchWire:
         prefix: str = "paceline",
         hostname: str = "",
         interface: str = "",
-        members: Sequence[int] = (),
+        names: Sequence[int] | None = None,
     ) -> None:
         self.rank, self.size = rank, size
         self._activity = activity
         self._operation = self._keys = 0
         self._connections, self._errands = Connections(), Errands()
         self._open: list[Any] = []  # c10d's collectives that may be under way
-        self._guard = Guard(board, activity, self._connections, members or range(size), self._cut)
+        self._names = tuple(range(size)) if names is None else tuple(names)
+        self._guard = Guard(board, activity, self._connections, self._names, self._cut)
         self._store = store  # c10d holds only the C++ half of a store that is written in Python
         self._groups: dict[str, Any] = {}  # by device type; c10d's stubs do not know a backend's collectives
         with _joining(), self._connections.recorded():
@@ -183,7 +184,7 @@ class TorchWire:
         self._operation += 1
         self._activity.operation(self._operation)
         frames = [roll.unpack(raw) for raw in self._gather_equal(tag, roll.pack(self._operation, tag, payload))]
-        roll.check(frames)
+        roll.check(frames, self._names)
         if all(frame.complete for frame in frames):
             return [frame.inline for frame in frames]
         longest = max(frame.nbytes for frame in frames)

@@ -40,7 +40,7 @@ class Guard:
     Args:
         board, activity: Where an abort is read, and where it is said who is waited for.
         connections: Of the group.
-        members: The rank on the board of each rank of the group.
+        names: The rank on the board of each rank of the group.
         cut: Ends all connections, so that others notice.
     """
 
@@ -54,11 +54,11 @@ class Guard:
     ) -> None:
         self.failure: WireError | None = None
         self._board, self._activity, self._connections = board, activity, connections
-        self._members, self._cut = members, cut
+        self._names, self._cut = names, cut
 
     def announce(self, peers: Collection[int]) -> None:
         """Say on the board who is waited for."""
-        names = (self._members[peer] for peer in peers)
+        names = (self._names[peer] for peer in peers)
         self._activity.waits_for(sum(1 << name for name in names if name < _MASK_BITS and name != self._activity.rank))
 
     def check(self) -> None:
@@ -73,7 +73,7 @@ class Guard:
         self.check()
         lost = self._connections.lost(peers) if time.monotonic() - since > grace else []
         if lost:
-            raise self.fail(PeerLost("PL403", f"rank {self._members[lost[0]]} closed its connection"))
+            raise self.fail(PeerLost("PL403", f"rank {self._names[lost[0]]} closed its connection"))
 
     def failed(self, error: RuntimeError) -> WireError:
         """Our error for one of c10d's."""

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,10 +90,11 @@ class Crew:
         """Somebody still runs."""
         return any(child.status is None for child in self.children)
 
-    def signal(self, number: int, *, alone: bool = False) -> None:
-        """Send a signal to every rank that runs: its process group, or (`alone`) itself."""
+    def signal(self, number: int, *, alone: bool = False, spare: Collection[int] = ()) -> None:
+        """Send a signal to every rank that runs and is not to be spared: its process group, or (`alone`) itself."""
         for child in self.children:
-            child.signal(number, alone=alone)
+            if child.rank not in spare:
+                child.signal(number, alone=alone)
 
     def enlist(self) -> None:
         """Bring ``processes.json`` up to date."""

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from paceline.terms.errors import FileError
+
+REFUSED = 2
 NEEDS = {"sklearn": "scikit-learn"}  # what the examples import besides torch: module, and package
 
 
@@ -54,17 +57,9 @@ def main(args: argparse.Namespace) -> int:
     if missing:
         print(f"paceline demo: the examples need {', '.join(missing)}", file=sys.stderr)
         print("  help: pip install 'paceline[examples]'", file=sys.stderr)
-        return 2
-    directory: Path = args.dir
-    directory.mkdir(parents=True, exist_ok=True)
-    for number, example in enumerate(EXAMPLES, start=1):
-        _say(f"{number}/{len(EXAMPLES)}  {example.says}")
-        _say(f"     {_write(example.file, directory)}")
-        code = _run(example, directory, args.processes, args.quick)
-        if code:
-            return code
-    _say_what_is_next(directory, args.processes)
-    return 0
+        return REFUSED
+    demo = Demo(args.dir, args.processes, args.quick, as_json=args.format == "json")
+    return demo.run()
 
 
 def _processes() -> int:
@@ -72,37 +67,76 @@ def _processes() -> int:
     return max(2, min(4, len(os.sched_getaffinity(0))))
 
 
-def _write(file: str, directory: Path) -> str:
-    """Copy a template there, unless a file is there already; says which."""
-    template = resources.files("paceline.launch") / "templates" / file
-    target, text = directory / file, template.read_text("utf-8")
-    if not target.exists():
-        target.write_text(text, "utf-8")
-        return f"wrote {target}"
-    if target.read_text("utf-8") == text:
-        return f"{target} is there already"
-    return f"{target} was changed by you: it stays, and your version is run (delete it to get the example back)"
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """The examples in their directory.
 
+    Attributes:
+        directory: Where they are written and run.
+        processes: How many.
+        quick: A few steps only.
+        as_json: Nothing on standard output but the lines of the runs.
+    """
 
-def _run(example: Example, directory: Path, processes: int, quick: bool) -> int:
-    """``paceline run`` in the examples' directory, on this terminal."""
-    script = ["--", *example.quick] if quick else []
-    arguments = ["run", example.file, "-n", str(processes), *script]
-    _say(f"     $ cd {shlex.quote(str(directory))} && paceline {shlex.join(arguments)}")
-    return subprocess.call([sys.executable, "-m", "paceline.launch.cli", *arguments], cwd=directory)
+    directory: Path
+    processes: int
+    quick: bool
+    as_json: bool
 
+    def run(self) -> int:
+        """Returns the exit code of the first example that fails, or 0."""
+        self._write_all()
+        for number, example in enumerate(EXAMPLES, start=1):
+            self._say(f"\n{number}/{len(EXAMPLES)}  {example.says}")
+            code = self._run(example)
+            if code:
+                return code
+        self._say_what_is_next()
+        return 0
 
-def _say_what_is_next(directory: Path, processes: int) -> None:
-    _say("")
-    _say(
-        f"Everything about these runs is in {directory / 'runs'}/: plan, events, the rows each rank trained on, the weights."
-    )
-    _say("To try next:")
-    _say(f"  cd {shlex.quote(str(directory))}")
-    _say("  python train.py                                      the same program on one process: the same curve")
-    _say(f"  paceline run train.py -n {processes} --strategy 'ddp(codec=bf16)'  half the bytes")
-    _say("  less train.py                                        the four lines that it took, numbered")
+    def _write_all(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for example in EXAMPLES:
+                self._say(self._write(example.file))
+        except OSError as error:
+            raise FileError(
+                "PL601", f"{error.filename}: {error.strerror}", help="choose another place with --dir."
+            ) from error
 
+    def _write(self, file: str) -> str:
+        """Copy a template, unless a file is there already; says which."""
+        template = resources.files("paceline.launch") / "templates" / file
+        target, text = self.directory / file, template.read_text("utf-8")
+        if not target.exists():
+            target.write_text(text, "utf-8")
+            return f"wrote {target}"
+        if target.read_text("utf-8") == text:
+            return f"{target} is there already"
+        return (
+            f"{target} is not the example any more: it stays, and is run as it is (delete it to get the example back)"
+        )
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+    def _run(self, example: Example) -> int:
+        """``paceline run`` in the examples' directory, on this terminal."""
+        arguments = ["run", example.file, "-n", str(self.processes)]
+        if self.as_json:
+            arguments += ["--format", "json"]
+        if self.quick:
+            arguments += ["--", *example.quick]
+        self._say(f"$ cd {shlex.quote(str(self.directory))} && paceline {shlex.join(arguments)}")
+        return subprocess.call([sys.executable, "-m", "paceline.launch.cli", *arguments], cwd=self.directory)
+
+    def _say_what_is_next(self) -> None:
+        runs, directory = self.directory / "runs", shlex.quote(str(self.directory))
+        self._say(f"""
+Everything about these runs is in {runs}/: the plan, the events, the rows that each rank trained on, the weights.
+To try next, in {directory}/:
+  less train.py                                               the four lines that it took, numbered
+  python train.py                                             the same program on one process: the same curve
+  paceline run train.py -n {self.processes} --strategy 'ddp(codec=bf16)'     half the bytes
+  paceline verify ledger runs/train-*                         every row of every epoch exactly once""")
+
+    def _say(self, text: str) -> None:
+        if not self.as_json:
+            print(text, flush=True)

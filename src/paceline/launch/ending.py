@@ -4,10 +4,10 @@ A run ends by itself, because a rank failed, because a mistake was recognised, o
 ends, it does so in bounded steps, each harsher than the last:
 
 1. *stopping*: asked to end at the next step boundary; no deadline for Ctrl-C, :data:`TERM_DEADLINE` for SIGTERM;
-2. *aborting*: whoever waits stops waiting; ranks have :data:`WITNESS_GRACE` to say what they saw and end,
-   :data:`FAREWELL_GRACE` where an exception was the cause;
-3. *terminating*: SIGTERM to the process groups that are left, and :data:`TERM_GRACE` later
-4. *killing*: SIGKILL.
+2. *aborting*: whoever waits stops waiting, and has :data:`WITNESS_GRACE` to say what it saw;
+3. *terminating*: SIGTERM to the process groups of those who have not said anything, and :data:`TERM_GRACE` later
+4. *killing*: SIGKILL. Ranks that did say something are on their way out; their exit handlers, which may upload the last
+   numbers, have :data:`FAREWELL_GRACE` since the abort, then they come to 3 as well.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """Send a signal to every rank that lives: to its whole process group, or (`alone`) to the rank itself."""
+    """Send a signal to every rank that lives: to its whole process group, or (`alone`) to the rank itself; not to those to `spare`."""
 
     number: int
     alone: bool = False
+    spare: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,9 @@ class Ending:
         self.stage = Stage.RUNNING
         self.asked = 0
         self.deadline: float | None = None
+        self._leaving: set[int] = set()
+        self._last_farewell = 0.0
+        self._spared: frozenset[int] = frozenset()
 
     @property
     def ours(self) -> bool:
@@ -84,17 +88,16 @@ class Ending:
 
     def exited(self, rank: int, status: int, now: float) -> list[Action]:
         """A rank has ended, by itself (`status` 0 or more) or by signal ``-status``."""
-        if status == 0 or self.ours:
-            return []
-        return self._abort(now, WITNESS_GRACE, rank)
+        return [] if status == 0 or self.ours else self._abort(now, rank)
 
     def failed(self, rank: int, now: float) -> list[Action]:
-        """A rank reports an exception. It may have a farewell of its own to say: exit handlers that upload, for example."""
-        return [] if self.ours else self._abort(now, FAREWELL_GRACE, rank)
+        """A rank reports the exception that ended its script."""
+        self._leaving.add(rank)
+        return [] if self.ours else self._abort(now, rank)
 
     def mistake(self, now: float) -> list[Action]:
         """The observer recognised something that no rank will ever get out of."""
-        return [] if self.ours else self._abort(now, WITNESS_GRACE)
+        return [] if self.ours else self._abort(now)
 
     def signalled(self, number: int, now: float, in_loop: bool) -> list[Action]:
         """The launcher got SIGINT, SIGTERM or SIGHUP. `in_loop`: some rank has adopted, so step boundaries will come."""
@@ -114,8 +117,10 @@ class Ending:
         if self.deadline is None or now < self.deadline:
             return []
         if self.stage == Stage.STOPPING:
-            return self._abort(now, WITNESS_GRACE)
-        return self._terminate(now) if self.stage == Stage.ABORTING else self._kill()
+            return self._abort(now)
+        if self.stage == Stage.ABORTING:
+            return self._terminate(now, frozenset(self._leaving) if now < self._last_farewell else frozenset())
+        return self._kill()
 
     def _stop(self, now: float, number: int, in_loop: bool) -> list[Action]:
         if not in_loop:
@@ -127,17 +132,23 @@ class Ending:
         self.deadline = now + TERM_DEADLINE
         return [Say(f"stopping at the next step, within {TERM_DEADLINE:.0f} s"), RequestStop()]
 
-    def _abort(self, now: float, grace: float, lost: int = -1) -> list[Action]:
-        self.stage, self.deadline = Stage.ABORTING, now + grace
+    def _abort(self, now: float, lost: int = -1) -> list[Action]:
+        self.stage, self.deadline = Stage.ABORTING, now + WITNESS_GRACE
+        self._last_farewell = now + FAREWELL_GRACE
         return [Abort(lost)]
 
-    def _terminate(self, now: float) -> list[Action]:
-        self.stage, self.deadline = Stage.TERMINATING, now + TERM_GRACE
-        return [Signal(signal.SIGTERM)]
+    def _terminate(self, now: float, spare: frozenset[int] = frozenset()) -> list[Action]:
+        self.stage, self.deadline, self._spared = Stage.TERMINATING, now + TERM_GRACE, spare
+        return [Signal(signal.SIGTERM, spare=spare)]
 
     def _kill(self) -> list[Action]:
-        self.stage, self.deadline = Stage.KILLING, None
-        return [Signal(signal.SIGKILL)]
+        """SIGKILL, but for those who were spared: they are waited for a little longer."""
+        spare, self._spared = self._spared, frozenset()
+        if spare:
+            self.stage, self.deadline = Stage.ABORTING, self._last_farewell
+        else:
+            self.stage, self.deadline = Stage.KILLING, None
+        return [Signal(signal.SIGKILL, spare=spare)]
 
 
 # ---- what it was ----------------------------------------------------------------------------------------------------

@@ -224,8 +224,8 @@ class Launcher:
                     self._crew.board.request_stop()
                 case Abort(lost=lost):
                     self._crew.board.abort(lost)
-                case Signal(number=number, alone=alone):
-                    self._crew.signal(number, alone=alone)
+                case Signal(number=number, alone=alone, spare=spare):
+                    self._crew.signal(number, alone=alone, spare=spare)
                 case Say(text=text):
                     self._view.say([text])
 

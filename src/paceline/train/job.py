@@ -381,25 +381,31 @@ class Job:
         if self.main:
             self._wire.barrier(tag)
 
-    def step(self, fn: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    def step(self, fn: Callable[[Any], Tensor], batch: Any, optimizer: Optimizer | None = None) -> Tensor:
         """The explicit form of one step: ``loss = fn(batch)``, backward, ``opt.step()``, ``opt.zero_grad()``.
 
         Args:
             fn: Computes the loss of one batch: a scalar, a mean over rows (or over what it tells ``job.weight``).
             batch: What the adopted loader yielded.
+            optimizer: Which of the adopted optimizers; may be left out when there is one.
 
         Returns:
             This rank's loss, detached.
 
         Raises:
-            StepError: PL410 unless exactly one optimizer was adopted.
+            StepError: PL410, it was left out and there is not exactly one.
         """
-        if len(self._optimizers) != 1:
-            raise StepError("PL410", f"job.step needs exactly one adopted optimizer, there are {len(self._optimizers)}")
+        if optimizer is None and len(self._optimizers) != 1:
+            raise StepError(
+                "PL410",
+                f"job.step(fn, batch) needs to know which of {len(self._optimizers)} adopted optimizers to step",
+                help="say job.step(fn, batch, optimizer=opt).",
+            )
+        chosen = optimizer or self._optimizers[0]
         loss = fn(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizers[0].step()
-        self._optimizers[0].zero_grad()
+        chosen.step()
+        chosen.zero_grad()
         return loss.detach()
 
     # ---- the end --------------------------------------------------------------------------------------------------

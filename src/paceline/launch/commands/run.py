@@ -16,6 +16,7 @@ from paceline import __version__
 from paceline.launch import env, plan_file
 from paceline.launch.rundir import RunDirectory, choose_path, now_text
 from paceline.launch.tuning import Machine, Settings, allow_files, check_processes, choose
+from paceline.observe.pipe import Pipe
 from paceline.terms.errors import UsageError
 from paceline.terms.plan import Plan
 
@@ -151,11 +152,11 @@ def _first_line(resolved: Resolved, path: Path, as_json: bool) -> None:
     """Before anything slow. What is not usual about the ranks' environment is said too: it changes how they run."""
     if as_json:
         return
-    plan = resolved.plan
+    out, plan = Pipe(sys.stdout), resolved.plan
     strategy = plan.strategy or f"{_DEFAULT} unless the script says otherwise"
     count = f"{plan.processes} process{'es' if plan.processes > 1 else ''}"
-    print(f"paceline {__version__} · {plan.script} · {count} · {strategy} · {path}", flush=True)
-    print(f"settings: {resolved.settings} (change with --set KEY=VALUE)", flush=True)
+    out.say(f"paceline {__version__} · {plan.script} · {count} · {strategy} · {path}")
+    out.say(f"settings: {resolved.settings} (change with --set KEY=VALUE)")
 
 
 def _record(plan: Plan) -> dict[str, Any]:

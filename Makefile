@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Paceline needs Python 3.11 or newer; give it as PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "setting up $(VENV) (the first time this downloads torch)"
-	$(PIP) "hatchling>=1.27" torch
+	$(PIP) "hatchling>=1.27" editables torch
 	$(PIP) --no-build-isolation -e ".[test,lint,examples]"
 	@touch $@
 

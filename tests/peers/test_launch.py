@@ -7,18 +7,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from paceline.launch.rundir import start_ticks
-from support.cli import CLI, dump_and_kill, run_paceline, show
+from support.background import PATIENCE, running
+from support.cli import CLI, run_paceline, show
 
 RANK = "from paceline.launch.session import current; place = current().place; rank = place.rank\n"
-PATIENCE = 30.0
 
 
 def write(folder: Path, text: str, name: str = "script.py") -> str:
@@ -28,56 +26,6 @@ def write(folder: Path, text: str, name: str = "script.py") -> str:
 
 def read(path: Path) -> object:
     return json.loads(path.read_text())
-
-
-class Running:
-    """A run in the background, whose output can be waited for."""
-
-    def __init__(self, *arguments: str, cwd: Path) -> None:
-        environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self.launcher = subprocess.Popen(
-            [*CLI, "run", *arguments],
-            cwd=cwd,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.said: list[str] = []
-
-    def until(self, part: str) -> str:
-        """Read on until a line holds `part`; that line."""
-        assert self.launcher.stdout is not None
-        for line in self.launcher.stdout:
-            self.said.append(line)
-            if part in line:
-                return line
-        raise AssertionError(f"{part!r} was never said in\n{''.join(self.said)}")
-
-    def end(self) -> int:
-        """Read to the end and return the exit code."""
-        assert self.launcher.stdout is not None
-        self.said += self.launcher.stdout.readlines()
-        return self.launcher.wait(PATIENCE)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.said)
-
-
-@contextmanager
-def running(*arguments: str, cwd: Path) -> Iterator[Running]:
-    run = Running(*arguments, cwd=cwd)
-    try:
-        yield run
-    finally:
-        if run.launcher.poll() is None:
-            dump_and_kill(run.launcher.pid, patience=0)
-        run.launcher.wait()
-        assert run.launcher.stdout is not None
-        run.launcher.stdout.close()
 
 
 def gone(pids: list[int]) -> bool:
@@ -163,8 +111,6 @@ def test_a_plan_runs_again(tmp_path: Path) -> None:
     assert isinstance(one, dict)
     assert isinstance(two, dict)
     assert one["plan"] == two["plan"]
-    other = run_paceline("run", "--plan", "runs/one/plan.toml", "--seed", "6", cwd=tmp_path)
-    assert line not in other.stdout.splitlines(), show(other)
 
 
 def test_main_can_be_pickled_for_children_that_are_spawned(tmp_path: Path) -> None:
@@ -191,6 +137,13 @@ def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path: Path) -> None:
     told = done.stdout + done.stderr
     assert told.count("cannot be written any more (No space left on device)") == 1
     assert told.count("the events of rank0 cannot be written") == 1
+
+
+def test_last_words_are_not_lost_however_long(tmp_path: Path) -> None:
+    """A pipe that was full when the rank ended is read to its end, also where a line is longer than one read."""
+    script = write(tmp_path, "import os, sys\nsys.stdout.write('x' * 300_000 + ' the end')\n")
+    done = run_paceline("run", script, cwd=tmp_path)
+    assert "x the end\n" in done.stdout
 
 
 # ---- a run that fails -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -183,6 +184,31 @@ def test_what_it_cannot_do_it_says() -> None:
     assert run(refuse, 2) == [["PL206", "PL206", "PL405", "PL404"]] * 2
 
 
+# ---- what we rely on in gloo -----------------------------------------------------------------------------------------
+def wait_twice(peer: Peer, store: str) -> list[Any]:
+    """c10d's own collective: rank 1 comes to it only when rank 0 has waited in vain."""
+    group, ones = join(peer, store)._groups["cpu"], torch.ones(4)
+    said = []
+    if peer.rank == 0:
+        work = group.allreduce([ones])
+        for _ in range(2):
+            with pytest.raises(RuntimeError) as refusal:
+                work.wait(timedelta(milliseconds=1))
+            said.append("imed out" in str(refusal.value) and not work.is_completed())
+        peer.mark("in vain")
+        work.wait()
+    else:
+        while not peer.board.stop_requested:
+            os.sched_yield()
+        group.allreduce([ones]).wait()
+    return [said, ones.tolist()]
+
+
+def test_a_collective_can_be_waited_for_again_after_a_timeout() -> None:
+    results = run(wait_twice, 2, on_mark=lambda mark: mark.board.request_stop())
+    assert results == [[[True, True], [2.0] * 4], [[], [2.0] * 4]]
+
+
 # ---- losses ---------------------------------------------------------------------------------------------------------
 def lose(peer: Peer, store: str, how: str) -> list[Any]:
     """Rank 1 never comes to the exchange. The others say how it ended for them, and when."""
@@ -246,6 +272,50 @@ def test_an_abort_frees_those_who_wait_for_a_frozen_peer(how: str, lost: int, er
         assert closing < PROMPTLY
 
 
+def lose_in_the_middle(peer: Peer, store: str) -> list[Any]:
+    """Rank 1 is stopped while it receives far more than sockets hold; only then rank 0 begins to send."""
+    wire = join(peer, store)
+    big = torch.zeros(40_000_000)
+    wire.barrier("together")
+    if peer.rank == 1:
+        wire.start(Receive(0, big))
+        peer.halt("receives")
+    while not peer.board.stop_requested:
+        os.sched_yield()
+    work = wire.start(Send(1, big))
+    peer.mark("waits")
+    ended = outcome(work.wait)
+    at = time.monotonic()
+    wire.close()
+    closing = time.monotonic() - at
+    peer.mark("raised")
+    return [ended, at, closing]
+
+
+@pytest.mark.parametrize("abort", [True, False])
+def test_a_loss_in_the_middle_of_a_message(abort: bool) -> None:
+    """gloo alone would wait for its timeout here: see [Note: gloo loses operations]."""
+    happened = []
+
+    def on_mark(mark: Mark) -> None:
+        if mark.point == "receives":
+            mark.kill(1, signal.SIGSTOP)
+            mark.board.request_stop()
+        elif mark.point == "waits":
+            happened.append(time.monotonic())
+            if abort:
+                mark.board.abort(lost=1)
+            else:
+                mark.kill(1)
+        elif abort:
+            mark.kill(1)
+
+    ended, at, closing = run(lose_in_the_middle, 2, on_mark=on_mark)[0]
+    assert (ended["error"], ended["code"]) == ("PeerLost", "PL403")
+    assert at - happened[0] < PROMPTLY
+    assert closing < PROMPTLY
+
+
 def abort_myself(peer: Peer, store: str) -> dict[str, Any]:
     wire = join(peer, store)
     wire.barrier("together")
@@ -304,9 +374,7 @@ def test_only_gloo_listens_and_only_on_the_loopback() -> None:
 
 
 def come_and_go(peer: Peer, store: str) -> list[Any]:
-    def held() -> list[int]:
-        return [len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))]
-
+    """Wires that have been used for everything, one after the other; what this process holds after each."""
     counts = []
     for number in range(4):
         wire = join(peer, store, prefix=f"turn{number}")
@@ -314,13 +382,29 @@ def come_and_go(peer: Peer, store: str) -> list[Any]:
         work = wire.start(AllReduce(buffer, [1.0]))
         wire.barrier("go")
         work.wait()
-        unfinished = wire.start(AllReduce(buffer, [1.0]))
+        swap = (Send(1 - peer.rank, torch.zeros(3)), Receive(1 - peer.rank, torch.zeros(3)))
+        wire.start(Together(swap)).wait()
         wire.close()
-        del wire, unfinished
-        counts.append(held())
+        del wire
+        counts.append([len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))])
     return counts
 
 
 def test_close_gives_back_descriptors_and_threads() -> None:
     for counts in run(come_and_go, 2):
         assert counts == [counts[0]] * 4
+
+
+def leave_in_the_middle(peer: Peer, store: str) -> float:
+    wire = join(peer, store)
+    (buffer,) = buffers(wire, torch.float32, [1000], 1)
+    wire.barrier("go")
+    if peer.rank == 0:
+        wire.start(AllReduce(buffer, [1.0]))
+    begin = time.monotonic()
+    wire.close()
+    return time.monotonic() - begin
+
+
+def test_close_waits_for_nobody() -> None:
+    assert max(run(leave_in_the_middle, 2)) < PROMPTLY

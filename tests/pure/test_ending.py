@@ -44,9 +44,8 @@ def test_only_the_first_failure_aborts() -> None:
 def test_ranks_on_their_way_out_have_time_for_farewells_and_deaf_ones_do_not() -> None:
     ending = Ending()
     assert ending.failed(0, 1.0) == [Abort(0)]
-    ending.failed(2, 1.1)
     leaving = frozenset({0, 2})
-    assert ending.tick(1.0 + ends.WITNESS_GRACE) == [Signal(TERM, spare=leaving)]
+    assert ending.tick(1.0 + ends.WITNESS_GRACE, leaving) == [Signal(TERM, spare=leaving)]
     assert ending.tick(1.0 + ends.WITNESS_GRACE + ends.TERM_GRACE) == [Signal(signal.SIGKILL, spare=leaving)]
     assert ending.tick(0.9 + ends.FAREWELL_GRACE) == []
     assert ending.tick(1.0 + ends.FAREWELL_GRACE) == [Signal(TERM)]
@@ -106,13 +105,15 @@ def test_the_cause_is_the_earliest_that_is_no_consequence(
 
 
 def test_a_rank_that_left_early_is_named_and_not_the_one_that_missed_it() -> None:
-    finding = left_early({0: 0, 1: 1}, [WITNESS | {"rank": 1}])
+    finding = left_early([0], [WITNESS | {"rank": 1}, OURS])
     assert finding is not None
     assert finding.code == "PL501"
     assert finding.message.startswith("rank 0 ended its script")
     assert exit_code(0, finding, [WITNESS]) == ends.MISTAKE
-    assert left_early({0: 1, 1: -9}, [WITNESS, KILLED]) is None
-    assert left_early({0: 0, 1: 1}, [RAISED]) is None
+    assert left_early([], [WITNESS]) is None
+    assert left_early([0], [WITNESS, KILLED]) is None
+    assert left_early([0], [RAISED]) is None
+    assert left_early([0], [OURS]) is None
 
 
 def test_differing_hashes() -> None:

@@ -187,7 +187,7 @@ def test_ours_wins_and_comes_back_whole() -> None:
     mine = Place(
         1, 2, 1, 2, "box", (0, 0), "rank1", "ab" * 16, Path("/tmp/run"), "paceline", 5, 6, "unix:/tmp/x/store", plan
     )
-    handoff = Handoff(mine, 42, 7, 8, True, {"qualname": "f", "arguments": {"x": [1]}})
+    handoff = Handoff(mine, 42, 7, 8, True, 9)
     assert Handoff.decode(handoff.encode()) == handoff
     assert place(TORCHRUN | {VARIABLE: handoff.encode()}) == mine
     nowhere = Handoff(replace(mine, run_dir=None), 42, 7, 8)

@@ -16,6 +16,8 @@ import pytest
 
 from paceline.terms.errors import EXPLANATIONS
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "paceline"
 TEMPLATES = SRC / "launch" / "templates"
@@ -108,7 +110,6 @@ def test_every_file_opens_with_its_sentence() -> None:
     assert not [_short(path) for path in FILES if path.stat().st_size and not ast.get_docstring(_tree(path))]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("module", ["paceline", "paceline.launch.cli"])
 def test_the_door_opens_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

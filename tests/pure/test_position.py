@@ -22,7 +22,7 @@ def script(job: Any, make: Any, options: dict[str, Any], *, stop: int | None = N
         saved: A saved state to go on from.
     """
     train = job.adopt(make(**options))
-    test = job.adopt(DataLoader(Rows(6), batch_size=4, shuffle=True, num_workers=options.get("num_workers", 0)))
+    test = job.adopt(DataLoader(Rows(6), batch_size=4, shuffle=True))
     step, epoch, seen = 0, 0, []
     if saved:
         state = json.loads(saved)
@@ -49,10 +49,10 @@ def script(job: Any, make: Any, options: dict[str, Any], *, stop: int | None = N
 
 # Lazily drawing samplers in workers are prefetched; then draws of other loaders in between cannot be told apart.
 IN_MAIN = [name for name in LOADERS if name != "less than a batch"]
-IN_WORKERS = ["in order", "shuffled", "own generator", "weighted", "keyed", "iterable", "no batching"]
+IN_WORKERS = ["shuffled", "own generator", "keyed", "iterable", "no batching"]
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5, 8])
+@pytest.mark.parametrize("stop", [3, 5, 8])
 @pytest.mark.parametrize("name", IN_MAIN)
 def test_resuming_gives_the_rest(name: str, stop: int) -> None:
     check_resume(name, {}, stop, 2, 2)
@@ -64,10 +64,11 @@ def test_resuming_with_another_number_of_ranks(sizes: tuple[int, int]) -> None:
         check_resume(name, {}, 4, *sizes)
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 1}, {"num_workers": 2, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize("options", [{"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}], ids=str)
 @pytest.mark.parametrize("name", IN_WORKERS)
 def test_prefetching_does_not_move_the_position(name: str, options: dict[str, Any]) -> None:
-    check_resume(name, options, 8, 2, 2)
+    for stop in (8, 10):  # amid the second epoch, and at the last step of an epoch
+        check_resume(name, options, stop, 1, 1)
 
 
 def check_resume(name: str, options: dict[str, Any], stop: int, before: int, after: int) -> None:

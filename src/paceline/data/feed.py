@@ -200,7 +200,7 @@ class Feed(DataLoader[Any]):
             if course.rewind:
                 new.catch_up()
         if course.rewind and course.ahead and not workers:
-            course.rewind.stay()
+            course.rewind.stay(stream=True, held=True)
         return new
 
     def _pass_over(self, rows: Iterator[Any], course: Course, *, counted: bool) -> Pass:

@@ -30,7 +30,7 @@ class RandomState:
     @classmethod
     def take(cls) -> RandomState:
         """The state now."""
-        numpy = _numpy()
+        numpy = loaded_numpy()
         return cls(
             torch.default_generator.get_state(),
             random.getstate(),
@@ -41,7 +41,7 @@ class RandomState:
         """Make this the state of the process."""
         torch.default_generator.set_state(self.torch)
         random.setstate(self.python)
-        if self.numpy is not None and (numpy := _numpy()):
+        if self.numpy is not None and (numpy := loaded_numpy()):
             numpy.random.set_state(self.numpy)
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class RandomState:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RandomState:
         """The inverse of :meth:`to_json`."""
-        numpy = _decode(value["numpy"]) if _numpy() else None
+        numpy = _decode(value["numpy"]) if loaded_numpy() else None
         return cls(_text_tensor(value["torch"]), _json_python(value["python"]), numpy)
 
 
@@ -59,7 +59,7 @@ def seed_all(seed: int) -> None:
     """Seed all generators of the process, on every device, from one integer; each gets its own derivation of it."""
     torch.manual_seed(derive(seed, "torch"))
     random.seed(derive(seed, "python"))
-    if numpy := _numpy():
+    if numpy := loaded_numpy():
         numpy.random.seed(derive(seed, "numpy") & 0xFFFFFFFF)
 
 
@@ -117,7 +117,7 @@ def _kind(value: object) -> str:
         return "torch" if value.device.type == "cpu" else ""
     if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return "python"
-    if numpy := _numpy():
+    if numpy := loaded_numpy():
         if isinstance(value, numpy.random.Generator):
             return "numpy"
         if isinstance(value, numpy.random.RandomState):
@@ -126,7 +126,8 @@ def _kind(value: object) -> str:
     return "epoch" if counts else ""
 
 
-def _numpy() -> Any:
+def loaded_numpy() -> Any:
+    """NumPy if the program has loaded it, or None."""
     return sys.modules.get("numpy")
 
 
@@ -161,5 +162,5 @@ def _decode(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if value.keys() == {"dtype", "bytes"}:
-        return _numpy().frombuffer(bytearray(b64decode(value["bytes"])), dtype=value["dtype"])
+        return loaded_numpy().frombuffer(bytearray(b64decode(value["bytes"])), dtype=value["dtype"])
     return {name: _decode(item) for name, item in value.items()}

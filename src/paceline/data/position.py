@@ -90,9 +90,15 @@ class Rewind:
         """Another one that stands where this one does."""
         return Rewind(self._sources, self._origin)
 
-    def stay(self) -> None:
-        """Let the present go on from here: for orders that are drawn bit by bit, of which the rest is yet to come."""
-        self._sources.restore(self._origin)
+    def stay(self, *, stream: bool, held: bool) -> None:
+        """Let the present go on from here: for orders that are drawn bit by bit, of which the rest is yet to come.
+
+        Args:
+            stream, held: Which of the two the rest is drawn from.
+        """
+        found = self._sources.snapshot()
+        origin = self._origin
+        self._sources.restore(Origin(origin.stream if stream else found.stream, origin.held if held else found.held))
 
 
 @dataclass(frozen=True, slots=True)

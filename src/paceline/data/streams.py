@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from paceline.data.generators import RandomState, derive, read, seed_all, write
+from paceline.data.lane import Lane
 
 _REMEMBERED = 4  # streams of earlier marks: a fork returns to the one before
 _SEED_BYTES = 8  # torch keeps the seed in the first bytes of a CPU generator's state
@@ -51,20 +52,20 @@ class Streams:
         self._rank = rank
         self._size = size
         self._share = share
-        self._streams: dict[int, RandomState] = {}  # by mark, oldest first
+        self._lanes: dict[int, Lane] = {}  # the data stream by its mark, the current one last
         self._mark = 0
         self._installed = 0
-        self._own: RandomState | None = None  # the model stream, while inside of drawing()
+        self._inside = False
 
     def begin(self) -> None:
         """Called when a loader begins: captures rank 0's state the first time, and again after a reseeding."""
-        if self._size == 1 or self._own is not None:
+        if self._size == 1 or self._inside:
             return
         mark = torch.initial_seed()
-        if mark not in self._streams:
+        if mark not in self._lanes:
             self.install(self._share(self.capture()))
         elif mark != self._mark:
-            self._remember(mark, self._streams.pop(mark))
+            self._remember(mark, self._lanes[mark])
 
     def capture(self) -> bytes:
         """The process's global random state, as bytes that :meth:`install` takes on any rank."""
@@ -87,44 +88,45 @@ class Streams:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Inside, the process's global generators are the data stream."""
-        if self._size == 1 or self._own is not None:
+        if self._size == 1 or self._inside:
             yield
             return
-        self._own = RandomState.take()
-        self._streams[self._mark].put()
+        lane = self._lanes[self._mark]
+        lane.enter()
+        self._inside = True
         try:
             yield
         finally:
-            self._streams[self._mark] = RandomState.take()
-            self._own.put()
-            self._own = None
+            self._inside = False
+            lane.leave()
 
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Back in the model stream for a while, inside of :meth:`drawing`."""
-        if self._own is None:
+        if not self._inside:
             yield
             return
-        data, own, self._own = RandomState.take(), self._own, None
-        self._streams[self._mark] = data
-        own.put()
+        lane = self._lanes[self._mark]
+        lane.leave()
+        self._inside = False
         try:
             yield
         finally:
-            self._own = RandomState.take()
-            self._streams[self._mark].put()
+            self._inside = True
+            lane.enter()
 
     def snapshot(self) -> RandomState:
         """The data stream as it is now."""
-        outside = self._size > 1 and self._own is None
-        return self._streams[self._mark] if outside and self._streams else RandomState.take()
+        if self._size == 1 or self._inside or not self._lanes:
+            return RandomState.take()
+        return self._lanes[self._mark].state()
 
     def restore(self, state: RandomState) -> None:
         """Let the data stream go on from `state`."""
-        if self._size == 1 or self._own is not None:
+        if self._size == 1 or self._inside:
             state.put()
         else:
-            self._streams[self._mark] = state
+            self._lanes[self._mark] = Lane(state)
 
     def state_dict(self) -> dict[str, Any]:
         """The data stream as JSON values; the same on every rank once a loader has begun."""
@@ -142,17 +144,17 @@ class Streams:
         if self._size == 1:
             state.put()
             return
-        self._remember(mark, state)
+        self._remember(mark, Lane(state))
         if self._rank:
             seed_all(derive(mark, self._rank))
         _write_mark(mark)
 
-    def _remember(self, mark: int, state: RandomState) -> None:
-        self._streams.pop(mark, None)
-        self._streams[mark] = state
+    def _remember(self, mark: int, lane: Lane) -> None:
+        self._lanes.pop(mark, None)
+        self._lanes[mark] = lane
         self._mark = mark
-        if len(self._streams) > _REMEMBERED:
-            del self._streams[next(iter(self._streams))]
+        if len(self._lanes) > _REMEMBERED:
+            del self._lanes[next(iter(self._lanes))]
 
 
 class Aside:
@@ -164,21 +166,25 @@ class Aside:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._own: RandomState | None = None
+        self._lane: Lane | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Inside, the process's global generators are this stream."""
-        around = RandomState.take()
-        if self._own is None:
-            seed_all(derive(torch.initial_seed(), self._rank))
-        else:
-            self._own.put()
+        if self._lane is None:
+            self._lane = self._start()
+        self._lane.enter()
         try:
             yield
         finally:
-            self._own = RandomState.take()
-            around.put()
+            self._lane.leave()
+
+    def _start(self) -> Lane:
+        around = RandomState.take()
+        seed_all(derive(torch.initial_seed(), self._rank))
+        lane = Lane(RandomState.take())
+        around.put()
+        return lane
 
 
 def _write_mark(mark: int) -> None:

@@ -28,7 +28,16 @@ from paceline.data.streams import Streams
 
 _END = object()
 _NOT_YET = object()
-_DRAW_AT_FIRST = (SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, KeyedSampler, list, tuple, range)
+_DRAW_AT_FIRST = (
+    SequentialSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    KeyedSampler,
+    list,
+    tuple,
+    range,
+)
 
 
 class Walk:
@@ -102,6 +111,7 @@ class Walk:
                 batch = next(indices, _END)
             if self._draws_at_first:
                 drawing = nullcontext
+        course.num_drawn += 1  # the end has been drawn too: samplers may draw once more there
 
     def _catch_up(self, indices: Iterator[Any], course: Course) -> Any:
         """Draw again what was committed, and the first batch after it if it had been drawn already.
@@ -115,8 +125,8 @@ class Walk:
             for batch in islice(indices, course.skip.batch):
                 course.draw(batch)
             following = next(indices, _END) if course.ahead else _NOT_YET
-        if course.ahead and not self._draws_at_first:
-            course.rewind.stay()
+        if course.ahead:
+            course.rewind.stay(stream=not self._draws_at_first, held=keeps_drawing(self._sampler))
         course.check_replay(course.order)
         return following
 
@@ -141,16 +151,24 @@ class Walk:
 
 
 def draws_at_first(sampler: Iterable[Any]) -> bool:
-    """Whether all global draws of `sampler` are known to happen by its first element.
+    """Whether all draws of `sampler` from the process's generators are known to happen by its first element.
 
     Then the process need not change streams for each batch. A sampler of the user's own may draw at any time.
     """
-    if type(sampler) is BatchSampler:
-        sampler = sampler.sampler
-    if type(sampler) is RandomSampler:
-        once = not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
-        return sampler.generator is None or once
-    return type(sampler) in _DRAW_AT_FIRST
+    return type(_innermost(sampler)) in _DRAW_AT_FIRST
+
+
+def keeps_drawing(sampler: Iterable[Any]) -> bool:
+    """Whether `sampler` may draw from a generator that it holds after its first element.
+
+    torch's RandomSampler does: the permutation of the next round, used or not, when a round is over.
+    """
+    inner = _innermost(sampler)
+    return not draws_at_first(sampler) or (type(inner) is RandomSampler and inner.generator is not None)
+
+
+def _innermost(sampler: Iterable[Any]) -> Iterable[Any]:
+    return sampler.sampler if type(sampler) is BatchSampler else sampler
 
 
 def _sliceable(batch: Any) -> Any:

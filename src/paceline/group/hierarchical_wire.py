@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from paceline.group import tail
+from paceline.group.crews import Crews
 from paceline.group.shm_wire import KernelChoice, ShmWire
 from paceline.group.torch_wire import TorchWire
 from paceline.group.wire import AllGather, AllReduce, Buffer, Receive, Region, Request, Send, Together, Work
@@ -38,36 +38,8 @@ from paceline.terms.errors import WireError
 
 T = TypeVar("T")
 _PATIENCE_S = 5e-3  # how long a rank that waits for one all-reduce looks after the others before it blocks
+_ALL_STEPS = 99
 Steps = Generator[Work[Any], Any, list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Crews:
-    """Who stands where. Pure.
-
-    Attributes:
-        mine: The ranks of this rank's host, in order.
-        place: This rank's position among them.
-        slices: Into how many slices a host's sum is cut: the number of ranks on the smallest host.
-        counterparts: The ranks in the same position on all hosts, if this rank has a slice.
-        host: Position of this rank's host, as hosts first appear.
-    """
-
-    mine: tuple[int, ...]
-    place: int
-    slices: int
-    counterparts: tuple[int, ...]
-    host: int
-
-    @staticmethod
-    def of(rank: int, hosts: Sequence[int]) -> Crews:
-        """`hosts` holds for each rank the index of its host."""
-        names = list(dict.fromkeys(hosts))
-        crews = [tuple(r for r, host in enumerate(hosts) if host == name) for name in names]
-        host = names.index(hosts[rank])
-        place, slices = crews[host].index(rank), min(map(len, crews))
-        counterparts = tuple(crew[place] for crew in crews) if place < slices else ()
-        return Crews(crews[host], place, slices, counterparts, host)
 
 
 @dataclass(eq=False)
@@ -120,16 +92,217 @@ class HierarchicalWire:
         self.rank, self.size = rank, len(hosts)
         self.crews = Crews.of(rank, hosts)
         mine, others = self.crews.mine, self.crews.counterparts
+        self._hosts = tuple(hosts)
         self._flights: list[_Flight] = []
-        self._keys = 0
+        self._open: list[ShmWire | TorchWire] = []
         self._home = ShmWire(arena_fd, self.crews.place, len(mine), board, activity, kernel=kernel, names=mine)
         self._away: TorchWire | None = None
+        self._open.append(self._home)
         settings: dict[str, Any] = {"timeout": timeout, "hostname": hostname, "interface": interface}
         try:
             self._all = TorchWire(store, rank, self.size, board, activity, prefix=f"{prefix}/all", **settings)
+            self._open.append(self._all)
             if others:
                 settings |= {"prefix": f"{prefix}/slice{self.crews.place}", "names": others}
                 self._away = TorchWire(store, self.crews.host, len(others), board, activity, **settings)
+                self._open.append(self._away)
         except BaseException:
             self.close()
             raise
+
+    # -- memory
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Region:
+        """See ``Wire.allocate``. Raises WireError PL206 for a device other than the CPU."""
+        home = self._home.allocate(numel, dtype, device)
+        return _Region(home.tensor, home)
+
+    def allocate_shared(self, numel: int, dtype: torch.dtype) -> Region:
+        help = "use `ddp()`, which gives each rank parameters of its own."
+        raise WireError("PL206", "ranks on different hosts share no memory", help=help)
+
+    def cut(self, region: Region, numels: Sequence[int], header_size: Sequence[int]) -> list[Buffer]:
+        """See ``Wire.cut``. The memory of the slices is kept when the region is cut anew."""
+        assert isinstance(region, _Region)
+        homes = self._home.cut(region.home, numels, header_size)
+        lengths, headers = self._slices(homes)
+        room = tail.room(region.tensor.dtype, lengths, headers)
+        if region.shared is None or region.shared.tensor.numel() < room:
+            region.shared = self._home.allocate_shared(room, region.tensor.dtype)
+        pieces = iter(tail.cut(region.shared, lengths, headers, 0))
+        return [
+            _Buffer(home.tensor, home.header_size, home.key, home, [next(pieces) for _ in range(self.crews.slices)])
+            for home in homes
+        ]
+
+    def _slices(self, homes: Sequence[Buffer]) -> tuple[list[int], list[int]]:
+        """Lengths and header sizes of all slices of all buffers."""
+        lengths = [part.numel() for home in homes for part in self._parts(home)]
+        return lengths, [home.header_size for home in homes for _ in range(self.crews.slices)]
+
+    def _parts(self, home: Buffer) -> tuple[Tensor, ...]:
+        return home.tensor.tensor_split(self.crews.slices)
+
+    # -- requests
+    def start(self, request: Request[T]) -> Work[T]:
+        """See ``Wire.start``."""
+        with self._telling():
+            return cast("Work[T]", self._start(request))
+
+    def _start(self, request: Request[Any]) -> Work[Any]:
+        mine = self.crews.mine
+        match request:
+            case AllReduce():
+                flight = _Flight(self, self._steps(request))
+                self._flights.append(flight)
+                return flight
+            case Send(to=to, tensor=tensor, tag=tag) if to in mine:
+                return self._home.start(Send(mine.index(to), tensor, tag))
+            case Receive(source=source, into=into, tag=tag) if source in mine:
+                return self._home.start(Receive(mine.index(source), into, tag))
+            case Together(requests=requests):
+                return _Mixed([(self._start(each), self._stays(each)) for each in requests])
+        return self._all.start(request)
+
+    def _stays(self, request: Request[Any]) -> bool:
+        """Whether a message stays inside this host."""
+        match request:
+            case Send(to=peer) | Receive(source=peer):
+                return peer in self.crews.mine
+        return False
+
+    def _steps(self, request: AllReduce) -> Steps:
+        """Home, away and back."""
+        buffer = request.buffer
+        assert isinstance(buffer, _Buffer)
+        sums = yield self._home.start(AllReduce(buffer.home, request.header))
+        parts = self._parts(buffer.home)
+        if self._away is not None:
+            mine = buffer.slices[self.crews.place]
+            mine.tensor.copy_(parts[self.crews.place])
+            sums = yield self._away.start(AllReduce(mine, sums, request.divisor))
+        # Who has everybody's sums knows that everybody's slice is there. The first rank's are taken: a sum over hosts may
+        # have been rounded differently in another group.
+        told = yield self._home.start(AllGather(torch.tensor(sums, dtype=torch.float64), "sums between hosts"))
+        for part, piece in zip(parts, buffer.slices, strict=True):
+            part.copy_(piece.tensor)
+        numbers: list[float] = told[0].tolist()
+        return numbers
+
+    # -- moving flights
+    def advance(self) -> None:
+        """Let every all-reduce take the steps that it can take without waiting. See [Note: in step]."""
+        with self._telling():
+            ahead: _Flight | None = None
+            for flight in self._flights:
+                while (ahead is None or ahead.steps > flight.steps) and flight.step():
+                    pass
+                ahead = flight
+            self._flights = [flight for flight in self._flights if not flight.done]
+
+    def finish(self, flight: _Flight) -> None:
+        """Block until `flight` is done, and those before it."""
+        self.advance()
+        while not flight.done:
+            self._look_after_others()
+            if self._flights:
+                with self._telling():
+                    self._flights[0].block()
+            self.advance()
+
+    def _look_after_others(self) -> None:
+        """Before this rank blocks for one all-reduce: let the others be on their way between hosts, if that is soon."""
+        end = time.monotonic() + _PATIENCE_S
+        first = self._flights[0]
+        while self._flights[:1] == [first] and self._flights[-1].steps == 1 and time.monotonic() < end:
+            os.sched_yield()
+            self.advance()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """A failure inside the host is told to the other hosts, by cutting the connections."""
+        try:
+            yield
+        except WireError:
+            for wire in self._open[1:]:
+                assert isinstance(wire, TorchWire)
+                wire.abort()
+            raise
+
+    # -- calls that all ranks make together
+    def broadcast(self, tensor: Tensor, root: int = 0) -> None:
+        """See ``Wire.broadcast``: between hosts among the root's counterparts, then inside each host."""
+        source = Crews.of(root, self._hosts)
+        if source.place >= source.slices:
+            self._all.broadcast(tensor, root)
+            return
+        if self.crews.place == source.place and self._away is not None:
+            self._away.broadcast(tensor, source.host)
+        self._home.broadcast(tensor, source.place)
+
+    def gather_bytes(self, tag: str, payload: bytes) -> list[bytes]:
+        """See ``Wire.gather_bytes``."""
+        return self._all.gather_bytes(tag, payload)
+
+    def barrier(self, tag: str) -> None:
+        """See ``Wire.barrier``."""
+        self._all.barrier(tag)
+
+    def close(self) -> None:
+        """See ``Wire.close``."""
+        for wire in reversed(self._open):
+            wire.close()
+
+
+class _Flight:
+    """One all-reduce under way.
+
+    Attributes:
+        steps: How many steps it has begun; far more than there are, when it is done.
+    """
+
+    def __init__(self, wire: HierarchicalWire, steps: Steps) -> None:
+        self._wire, self._steps = wire, steps
+        self._work: Work[Any] = next(steps)
+        self.steps, self.done = 1, False
+        self._value: list[float] = []
+
+    def poll(self) -> bool:
+        if not self.done:
+            self._wire.advance()
+        return self.done
+
+    def wait(self) -> list[float]:
+        self._wire.finish(self)
+        return self._value
+
+    def block(self) -> None:
+        """Wait for the step under way."""
+        self._work.wait()
+
+    def step(self) -> bool:
+        """Begin the next step if the last one has ended. True when one was begun."""
+        if self.done or not self._work.poll():
+            return False
+        try:
+            self._work = self._steps.send(self._work.wait())
+            self.steps += 1
+            return True
+        except StopIteration as end:
+            self._value, self.done, self.steps = end.value, True, _ALL_STEPS
+            return False
+
+
+class _Mixed:
+    """Several works. Those inside the host are waited for first: gloo goes on by itself, shared memory only while somebody looks."""
+
+    def __init__(self, works: Sequence[tuple[Work[Any], bool]]) -> None:
+        self._works = [work for work, _ in works]
+        self._order = sorted(range(len(works)), key=lambda i: not works[i][1])
+
+    def poll(self) -> bool:
+        polled = [work.poll() for work in self._works]
+        return all(polled)
+
+    def wait(self) -> list[Any]:
+        results = {i: self._works[i].wait() for i in self._order}
+        return [results[i] for i in range(len(self._works))]

@@ -39,8 +39,8 @@ class BufferStruct(ctypes.Structure):
     """``pl_buffer`` of kernel.c."""
 
     _fields_ = (
-        *((name, _P) for name in ("next", "payload", "sheet", "slots", "sums")),
-        *((name, _I64) for name in ("payload_stride", "sheet_stride", "slot_stride", "numel", "low", "high", "count")),
+        *((name, _P) for name in ("next", "payload", "sheet", "sums")),
+        *((name, _I64) for name in ("payload_stride", "sheet_stride", "low", "high", "count")),
         ("divisor", _D),
         *((name, _I32) for name in ("header_size", "doubles", "weighted", "stage", "peer", "nonfinite")),
     )
@@ -52,9 +52,8 @@ class WireStruct(ctypes.Structure):
     _fields_ = (
         ("first", _P),
         ("control", _P),
-        ("control_stride", _I64),
-        ("spin_ns", _I64),
-        *((name, _I32) for name in ("rank", "size", "yields", "padding")),
+        *((name, _I64) for name in ("control_stride", "quick_ns", "crowded_ns")),
+        *((name, _I32) for name in ("rank", "size", "shy", "padding")),
     )
 
 

@@ -19,6 +19,11 @@ from paceline.terms.activity import Activity, Board
 from paceline.terms.errors import Aborted, PeerLost, WireError
 
 PID, LEFT = 1, 2  # words of a control page: process id, and whether the rank has closed its wire
+QUICK_NS = (
+    200_000  # how long a rank looks before it sleeps: a few times a sleep and a wake. Note [quick looks] in kernel.c
+)
+CROWDED_NS = 500_000  # a yield that lasts longer went to somebody who computes
+_SHY = 64  # waits without quick looks after one of these
 _MASK = (1 << 62) - 1
 
 
@@ -40,29 +45,41 @@ class Patience:
         bell: To sleep on.
         board, activity: Where an abort is read, and where it is said who is waited for.
         names: The rank on the board of each rank of the wire.
-        quick: Rounds of looking before sleep.
     """
 
-    def __init__(
-        self, control: Span, bell: Bell, board: Board, activity: Activity, names: Sequence[int], quick: int
-    ) -> None:
+    def __init__(self, control: Span, bell: Bell, board: Board, activity: Activity, names: Sequence[int]) -> None:
         self._control, self._bell, self._board, self._activity = control, bell, board, activity
-        self._names, self._quick = names, quick
+        self._names = names
+        self._shy = 0
         self._watched: dict[int, int] = {}  # rank -> pidfd
         self._poll = select.poll()
 
     def wait(self, pending: Pending, others: Sequence[Pending]) -> None:
         """Advance `pending`, and all `others` too, until it is done. Raises like :meth:`look`."""
-        for _ in range(self._quick):
-            if pending.advance():
-                return
-            _advance(others)
-            os.sched_yield()
+        if self._look_quickly(pending, others):
+            return
         try:
             while not self._slice(pending, others):
                 self.look(pending)
         finally:
             self._activity.waits_for(0)
+
+    def _look_quickly(self, pending: Pending, others: Sequence[Pending]) -> bool:
+        """See Note [quick looks] in kernel.c. True when `pending` is done."""
+        if self._shy:
+            self._shy -= 1
+            return False
+        begin = now = time.monotonic_ns()
+        while now - begin < QUICK_NS and not self._shy:
+            if pending.advance():
+                return True
+            _advance(others)
+            before = time.monotonic_ns()
+            os.sched_yield()
+            now = time.monotonic_ns()
+            if now - before > CROWDED_NS:
+                self._shy = _SHY
+        return False
 
     def _slice(self, pending: Pending, others: Sequence[Pending]) -> bool:
         """Advance and sleep for one slice; True when `pending` is done."""

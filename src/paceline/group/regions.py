@@ -1,8 +1,8 @@
 """Regions of the arena and the buffers that they are cut into.
 
-A region has one copy for every rank, page by page in the order of ranks; each rank commits its own. A buffer is a stretch of
-all copies, with a sheet (words and headers of all ranks) and, if it is small, slots for one shot. Cutting anew makes new
-sheets: a peer may still look at the old ones.
+A region has one copy for every rank, in the order of ranks, each beginning with a page; each rank commits its own. A buffer
+is a stretch of all copies, with a sheet: the words and headers of all ranks. Cutting anew makes new sheets, because a peer
+may still look at the old ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from paceline.group.arena import PAGE, Arena, Span, round_up
-from paceline.group.sums import Layout, Sum, one_shot, sheet_nbytes, slices, slot_nbytes, tensor_over
+from paceline.group.sums import Layout, Sum, sheet_nbytes, slices, tensor_over
 from paceline.group.wire import Buffer, Region
 from paceline.terms.errors import StepError
 
@@ -88,7 +88,7 @@ class Regions:
     def _lay(self, region: ShmRegion, first: int, numel: int, header_size: int) -> ShmBuffer:
         """A buffer of `numel` elements, from element `first` of a region on."""
         dtype = region.tensor.dtype
-        start, shot = first * dtype.itemsize, one_shot(numel, dtype)
+        start = first * dtype.itemsize
         low, high = slices(start, numel, dtype.itemsize, self._size)[self._rank]
         layout = Layout(
             rank=self._rank,
@@ -102,7 +102,6 @@ class Regions:
             low=low,
             high=high,
             sheet=self._arena.take_committed(self._size * sheet_nbytes(header_size)),
-            slots=self._arena.take_committed(self._size * slot_nbytes(numel, dtype)) if shot else None,
         )
         self._num_buffers += 1
         tensor = region.tensor[first : first + numel]

@@ -28,7 +28,7 @@ from paceline.group.arena import PAGE, Arena, Span
 from paceline.group.bell import SLICE_S, Bell, KernelBell
 from paceline.group.kernel import Kernel, WireStruct
 from paceline.group.lanes import TABLE_NBYTES, Gather, Lanes, Receiving, Sending, bytes_of
-from paceline.group.patience import PID, Patience, Pending
+from paceline.group.patience import CROWDED_NS, PID, QUICK_NS, Patience, Pending
 from paceline.group.regions import Regions, ShmBuffer, ShmRegion
 from paceline.group.rounds import Rounds
 from paceline.group.shm_work import LaneWork, SumWork, TogetherWork
@@ -41,8 +41,6 @@ T = TypeVar("T")
 KernelChoice = Literal["auto", "pure", "c"]
 _SIZE = 0  # word of a control page: number of ranks, once its owner has joined
 _SLICE_NS = int(SLICE_S * 1e9)
-_SPIN_NS = 20_000  # with a core for every rank: about what a sleep and a wake cost together
-_YIELDS = 50  # looks before sleep, with others let run between
 
 
 class ShmWire:
@@ -90,21 +88,23 @@ class ShmWire:
         self._arena = Arena(arena_fd, rank, size)
         try:
             control = _join(self._arena, rank, size)
-            self._struct = _describe(control, rank, size)
-            bell = self._bell = self._hang_bell(control)
+            self._struct = WireStruct(
+                control=control.address,
+                control_stride=PAGE,
+                quick_ns=QUICK_NS,
+                crowded_ns=CROWDED_NS,
+                rank=rank,
+                size=size,
+            )
+            bell = _hang_bell(control, rank, size, self._kernel, self._struct)
             names = tuple(range(size)) if names is None else tuple(names)
-            self._patience = Patience(control, bell, board, activity, names, _YIELDS)
+            self._patience = Patience(control, bell, board, activity, names)
             self._rounds = Rounds(self._arena, control, bell, self._patience, names)
             self._lanes = Lanes(self._arena, self._arena.take_committed(size * TABLE_NBYTES), bell)
             self._regions = Regions(self._arena, rank, size, _engines(self._kernel, self._struct, bell))
         except BaseException:
             self._arena.close()
             raise
-
-    def _hang_bell(self, control: Span) -> Bell:
-        if self._kernel is None:
-            return Bell(control, self.rank, self.size)
-        return KernelBell(control, self.rank, self.size, self._kernel, self._struct)
 
     # -- memory
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> ShmRegion:
@@ -128,6 +128,7 @@ class ShmWire:
     def start(self, request: Request[T]) -> Work[T]:
         """See ``Wire.start``. Raises StepError PL410 for a buffer that is under way or was cut away."""
         self._check_open()
+        self._forget_done()
         if isinstance(request, AllReduce):
             return cast(Work[T], self._start_sum(request))
         if isinstance(request, Together):
@@ -163,11 +164,10 @@ class ShmWire:
     def _wait(self, pending: Pending) -> None:
         """Block until `pending` is done, and advance everything else meanwhile."""
         self._check_open()
-        others = self._others(pending)
-        if isinstance(pending, KernelSum) and not self._pending:
-            self._wait_in_kernel(pending)
+        if self._pending or not isinstance(pending, KernelSum):
+            self._patience.wait(pending, self._others(pending))
         else:
-            self._patience.wait(pending, others)
+            self._wait_in_kernel(pending)
 
     def _wait_in_kernel(self, pending: KernelSum) -> None:
         """The short way: the kernel itself serves what else is under way."""
@@ -182,9 +182,13 @@ class ShmWire:
         finally:
             self._activity.waits_for(0)
 
+    def _forget_done(self) -> None:
+        if self._pending:
+            self._pending = [each for each in self._pending if not each.advance()]
+
     def _others(self, but: Pending | None = None) -> list[Pending]:
-        """What is under way besides `but`; what is done is forgotten."""
-        self._pending = [each for each in self._pending if not each.advance()]
+        """What is under way besides `but`."""
+        self._forget_done()
         others = [each for each in self._pending if each is not but]
         if self._kernel is not None and self._struct.first:
             others.append(_InKernel(self._kernel, ctypes.addressof(self._struct)))
@@ -277,13 +281,8 @@ def _join(arena: Arena, rank: int, size: int) -> Span:
     return control
 
 
-def _describe(control: Span, rank: int, size: int) -> WireStruct:
-    """What the kernel needs to know. With more ranks than cores, looking again without letting others run is in vain."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    spin_ns = _SPIN_NS if size <= cores else 0
-    return WireStruct(
-        control=control.address, control_stride=PAGE, spin_ns=spin_ns, rank=rank, size=size, yields=_YIELDS
-    )
+def _hang_bell(control: Span, rank: int, size: int, kernel: Kernel | None, struct: WireStruct) -> Bell:
+    return Bell(control, rank, size) if kernel is None else KernelBell(control, rank, size, kernel, struct)
 
 
 def _engines(kernel: Kernel | None, struct: WireStruct, bell: Bell) -> Callable[[Layout], Sum]:

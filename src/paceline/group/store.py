@@ -50,6 +50,10 @@ class UnixStore(Store):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self.close()
+
     # -- what c10d calls
     def set(self, key: str, value: str | bytes) -> None:
         self._ask(Op.SET, key.encode(), _raw(value))

@@ -2,7 +2,7 @@
 
 Both engines follow one protocol (kernel.c tells it) on one layout, so they can face each other, and both give
 ``((B0 + B1) + B2) + ...`` in the order of ranks, then times ``divisor / sum of weights``: the same bits on all ranks, with
-either engine, in place or in one shot.
+either engine.
 
 bfloat16, float16: summed in float32 in rank order, scaled there, rounded once at the end.
 """
@@ -24,8 +24,6 @@ from paceline.group.bell import Bell
 from paceline.group.kernel import BufferStruct, Kernel, WireStruct
 from paceline.terms.errors import StepError
 
-SHOT_NBYTES = 1 << 16
-"""Up to this size a buffer goes in one shot: every rank sums all of it, and nobody waits for somebody else's slice."""
 _READY, _DONE, _BAD, _HEADER = 0, 1, 2, 8  # words of a sheet
 _CHUNK = 1 << 16  # elements that Python sums at a time: they stay in the second cache
 _IN_C = (torch.float32, torch.float64)
@@ -39,8 +37,7 @@ class Layout:
     Attributes:
         payload: Span of the region; rank r's copy of the buffer begins at ``start + r * stride``.
         low, high: This rank's slice, in elements.
-        sheet: Rank r's words and its two headers begin at ``r * sheet_stride``.
-        slots: Rank r's two slots for one shot begin at ``r * slot_stride``; None for sums in place.
+        sheet: Rank r's words and its header begin at ``r * sheet_stride``.
     """
 
     rank: int
@@ -54,39 +51,19 @@ class Layout:
     low: int
     high: int
     sheet: Span
-    slots: Span | None
 
     @property
     def sheet_stride(self) -> int:
         return sheet_nbytes(self.header_size)
 
-    @property
-    def slot_stride(self) -> int:
-        return slot_nbytes(self.numel, self.dtype)
-
     def copy(self, rank: int) -> Tensor:
         """Rank `rank`'s payload."""
         return tensor_over(self.payload, self.start + rank * self.stride, self.numel, self.dtype)
 
-    def slot(self, rank: int, turn: int) -> Tensor:
-        """Rank `rank`'s slot for operations whose number is `turn` modulo 2."""
-        assert self.slots is not None
-        return tensor_over(self.slots, (2 * rank + turn) * self.slot_stride // 2, self.numel, self.dtype)
-
 
 def sheet_nbytes(header_size: int) -> int:
-    """Bytes of one rank's sheet: three words in a cache line of their own, and two headers."""
-    return round_up(8 * _HEADER + 16 * header_size, LINE)
-
-
-def slot_nbytes(numel: int, dtype: torch.dtype) -> int:
-    """Bytes of one rank's pair of slots."""
-    return 2 * round_up(numel * dtype.itemsize, LINE)
-
-
-def one_shot(numel: int, dtype: torch.dtype) -> bool:
-    """Whether a buffer is small enough to be read whole by every rank."""
-    return numel * dtype.itemsize <= SHOT_NBYTES
+    """Bytes of one rank's sheet: three words in a cache line of their own, and a header."""
+    return round_up(8 * (_HEADER + header_size), LINE)
 
 
 def slices(start: int, numel: int, itemsize: int, size: int) -> list[tuple[int, int]]:
@@ -113,13 +90,12 @@ class Sum:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._pack = struct.Struct(f"{layout.header_size}d").pack_into
-        own = 8 * _HEADER + layout.rank * layout.sheet_stride
-        self._own_headers = (own, own + 8 * layout.header_size)
+        self._own_header = 8 * _HEADER + layout.rank * layout.sheet_stride
 
-    def put_header(self, header: Sequence[float], turn: int) -> None:
+    def put_header(self, header: Sequence[float]) -> None:
         if len(header) != self.layout.header_size:
             raise ValueError(f"this buffer's header has {self.layout.header_size} numbers, {len(header)} were given")
-        self._pack(self.layout.sheet.memory, self._own_headers[turn], *header)
+        self._pack(self.layout.sheet.memory, self._own_header, *header)
 
     def start(self, header: Sequence[float], divisor: float | None) -> None:
         """Publish this rank's payload. Does not wait."""
@@ -156,12 +132,9 @@ class KernelSum(Sum):
         self._struct = BufferStruct(
             payload=layout.payload.address + layout.start,
             sheet=layout.sheet.address,
-            slots=layout.slots.address if layout.slots is not None else None,
             sums=ctypes.addressof(self._sums),
             payload_stride=layout.stride,
             sheet_stride=layout.sheet_stride,
-            slot_stride=layout.slot_stride,
-            numel=layout.numel,
             low=layout.low,
             high=layout.high,
             header_size=layout.header_size,
@@ -177,7 +150,7 @@ class KernelSum(Sum):
     def start(self, header: Sequence[float], divisor: float | None) -> None:
         if self._struct.stage != _IDLE:
             raise under_way(self.layout)
-        self.put_header(header, (self._struct.count + 1) & 1)
+        self.put_header(header)
         self._start(self._wire, self.address, divisor or 0.0, divisor is not None)
 
     def advance(self) -> bool:
@@ -201,7 +174,6 @@ class PureSum(Sum):
         self._sums: list[float] = []
         self._nonfinite = False
         self._copies = [layout.copy(r) for r in range(layout.size)]
-        self._slots = [[layout.slot(r, turn) for r in range(layout.size)] for turn in (0, 1)] if layout.slots else None
         half = layout.dtype in (torch.bfloat16, torch.float16)
         self._sum = torch.empty(min(_CHUNK, layout.numel), dtype=torch.float32 if half else layout.dtype)
         self._zeros = torch.zeros_like(self._sum)
@@ -209,27 +181,17 @@ class PureSum(Sum):
     def start(self, header: Sequence[float], divisor: float | None) -> None:
         if self._stage != _IDLE:
             raise under_way(self.layout)
-        count = self._count + 1
-        self.put_header(header, count & 1)
-        if self._slots is not None:
-            self._slots[count & 1][self.layout.rank].copy_(self._copies[self.layout.rank])
-        self._count, self._divisor, self._stage = count, divisor, _STARTED
+        self.put_header(header)
+        self._count, self._divisor, self._stage = self._count + 1, divisor, _STARTED
         self._publish(_READY)
 
     def advance(self) -> bool:
-        rank = self.layout.rank
         if self._stage == _STARTED:
             if not self._all(_READY):
                 return False
             self._sums = self._sum_headers()
-            if self._slots is not None:
-                self._nonfinite = self._combine(
-                    self._slots[self._count & 1], [self._copies[rank]], 0, self.layout.numel
-                )
-                self._stage = _IDLE
-                return True
-            bad = self._combine(self._copies, self._copies, self.layout.low, self.layout.high)
-            self.layout.sheet.words[self._word(rank, _BAD)] = bad
+            bad = self._combine()
+            self.layout.sheet.words[self._word(self.layout.rank, _BAD)] = bad
             self._stage = _SUMMED
             self._publish(_DONE)
         if self._stage == _SUMMED:
@@ -261,11 +223,8 @@ class PureSum(Sum):
 
     def _sum_headers(self) -> list[float]:
         size = self.layout.header_size
-        start = 8 * _HEADER + 8 * size * (self._count & 1)
-        headers = (
-            struct.unpack_from(f"{size}d", self.layout.sheet.memory, start + r * self.layout.sheet_stride)
-            for r in range(self.layout.size)
-        )
+        starts = (8 * _HEADER + r * self.layout.sheet_stride for r in range(self.layout.size))
+        headers = (struct.unpack_from(f"{size}d", self.layout.sheet.memory, start) for start in starts)
         sums = list(next(headers))
         for header in headers:  # one by one, in rank order: `sum` of newer Pythons rounds differently
             for i, number in enumerate(header):
@@ -277,18 +236,29 @@ class PureSum(Sum):
             return 1.0
         return self._divisor / self._sums[0]
 
-    def _combine(self, sources: list[Tensor], targets: list[Tensor], low: int, high: int) -> bool:
-        """Every target = sum of sources in this order, times the scale. True: a value is not finite."""
+    def _combine(self) -> bool:
+        """This rank's slice of every copy = copy 0 + copy 1 + ..., times the scale. True: a value is not finite."""
         scale, bad = self._scale(), False
-        for at in range(low, high, _CHUNK):
-            part = slice(at, min(at + _CHUNK, high))
-            total = self._sum[: part.stop - at].copy_(sources[0][part])
-            for source in sources[1:]:
-                total += source[part]
+        for at in range(self.layout.low, self.layout.high, _CHUNK):
+            parts = [copy[at : min(at + _CHUNK, self.layout.high)] for copy in self._copies]
+            total = _add(parts, self._sum[: parts[0].numel()])
             if scale != 1.0:
                 total *= scale
             if total.is_floating_point():  # 0 * x is 0, or NaN where x is not finite: one pass, no temporary
                 bad |= not math.isfinite(torch.dot(total, self._zeros[: total.numel()]).item())
-            for target in targets:
-                target[part].copy_(total)
+            for part in parts:
+                part.copy_(total)
         return bad
+
+
+def _add(parts: list[Tensor], total: Tensor) -> Tensor:
+    """`total` = the sum of parts in this order, in the dtype of `total`."""
+    if len(parts) > 1 and parts[0].dtype == total.dtype:
+        torch.add(parts[0], parts[1], out=total)
+        rest = parts[2:]
+    else:
+        total.copy_(parts[0])
+        rest = parts[1:]
+    for part in rest:
+        total += part
+    return total

@@ -22,10 +22,12 @@ class TailBuffer(Buffer):
     """A buffer whose memory goes on behind the payload.
 
     Attributes:
-        flat: The payload and ``header_size`` further elements.
+        flat: The whole message: the payload and ``header_size`` further elements.
+        behind: These elements.
     """
 
     flat: Tensor
+    behind: Tensor
 
 
 def holds_header(dtype: torch.dtype) -> bool:
@@ -38,16 +40,16 @@ def cut(region: Region, numels: Sequence[int], header_size: Sequence[int], first
 
     The room is not known when the region is allocated: the region's tensor is replaced by a longer one when it must be.
     """
-    room = [size if holds_header(region.tensor.dtype) else 0 for size in header_size]
-    spans = [_round_up(numel + extra) for numel, extra in zip(numels, room, strict=True)]
+    extras = _extras(region.tensor.dtype, header_size)
+    spans = _spans(numels, extras)
     if sum(spans) > region.tensor.numel():
         region.tensor = region.tensor.new_zeros(sum(spans))
     buffers: list[Buffer] = []
     at = 0
-    for i, (numel, extra, span) in enumerate(zip(numels, room, spans, strict=True)):
+    for i, (numel, extra, span) in enumerate(zip(numels, extras, spans, strict=True)):
         payload, flat = region.tensor[at : at + numel], region.tensor[at : at + numel + extra]
         if extra:
-            buffers.append(TailBuffer(payload, header_size[i], first_key + i, flat))
+            buffers.append(TailBuffer(payload, header_size[i], first_key + i, flat, flat[numel:]))
         else:
             buffers.append(Buffer(payload, header_size[i], first_key + i))
         at += span
@@ -56,13 +58,13 @@ def cut(region: Region, numels: Sequence[int], header_size: Sequence[int], first
 
 def put_header(buffer: TailBuffer, header: Sequence[float]) -> Tensor:
     """Write `header` behind the payload; the whole message is returned."""
-    buffer.flat[buffer.tensor.numel() :] = torch.tensor(header, dtype=buffer.flat.dtype)
+    buffer.behind.copy_(torch.tensor(header, dtype=buffer.flat.dtype))
     return buffer.flat
 
 
 def take_header(buffer: TailBuffer) -> list[float]:
     """The numbers behind the payload."""
-    numbers: list[float] = buffer.flat[buffer.tensor.numel() :].tolist()
+    numbers: list[float] = buffer.behind.tolist()
     return numbers
 
 
@@ -72,5 +74,14 @@ def scale(payload: Tensor, sums: Sequence[float], divisor: float | None) -> None
         payload.mul_(divisor / sums[0])
 
 
-def _round_up(numel: int) -> int:
-    return -(-numel // _ALIGN) * _ALIGN
+def room(dtype: torch.dtype, numels: Sequence[int], header_size: Sequence[int]) -> int:
+    """Elements that a region needs so that :func:`cut` does not replace its tensor."""
+    return sum(_spans(numels, _extras(dtype, header_size)))
+
+
+def _extras(dtype: torch.dtype, header_size: Sequence[int]) -> list[int]:
+    return [size if holds_header(dtype) else 0 for size in header_size]
+
+
+def _spans(numels: Sequence[int], extras: Sequence[int]) -> list[int]:
+    return [-(-(numel + extra) // _ALIGN) * _ALIGN for numel, extra in zip(numels, extras, strict=True)]

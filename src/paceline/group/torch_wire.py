@@ -75,7 +75,7 @@ class TorchWire:
         self._open: list[Any] = []  # c10d's collectives that may be under way
         self._names = tuple(range(size)) if names is None else tuple(names)
         self._guard = Guard(board, activity, self._connections, self._names, self._cut)
-        self._store = store  # c10d holds only the C++ half of a store that is written in Python
+        self._store: Store | None = store  # c10d holds only the C++ half of a store that is written in Python
         self._groups: dict[str, Any] = {}  # by device type; c10d's stubs do not know a backend's collectives
         with _joining(), self._connections.recorded():
             gloo_store = PrefixStore(f"{prefix}/gloo", store)
@@ -174,15 +174,18 @@ class TorchWire:
 
     # -- blocking calls
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
+        if not tensor.is_contiguous():
+            raise ValueError("only a contiguous tensor can be overwritten by a broadcast")
         options = BroadcastOptions()
         options.rootRank = root
+        self._count()
         if tensor.numel():
             raw = _bytes(tensor)
-            self._block("broadcast", self._begin(raw, lambda group: group.broadcast([raw], options), lambda: None))
+            what = f"broadcast of {tensor.dtype} {tuple(tensor.shape)} from rank {self._names[root]}"
+            self._block(what, self._begin(raw, lambda group: group.broadcast([raw], options), lambda: None))
 
     def gather_bytes(self, tag: str, payload: bytes) -> list[bytes]:
-        self._operation += 1
-        self._activity.operation(self._operation)
+        self._count()
         frames = [roll.unpack(raw) for raw in self._gather_equal(tag, roll.pack(self._operation, tag, payload))]
         roll.check(frames, self._names)
         if all(frame.complete for frame in frames):
@@ -192,7 +195,12 @@ class TorchWire:
         return [row[: frame.nbytes] for row, frame in zip(rows, frames, strict=True)]
 
     def barrier(self, tag: str) -> None:
-        self.gather_bytes(tag, b"")
+        self.gather_bytes(f"barrier {tag}", b"")
+
+    def _count(self) -> None:
+        """One more call that all ranks make."""
+        self._operation += 1
+        self._activity.operation(self._operation)
 
     def _gather_equal(self, tag: str, payload: bytes) -> list[bytes]:
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
@@ -221,6 +229,7 @@ class TorchWire:
         if not all(settled(work, deadline) for work in self._open):
             keep_for_good(groups["cpu"])
         self._open.clear()
+        self._store = None
 
     def _cut(self) -> None:
         self._connections.cut()

@@ -49,7 +49,7 @@ class Guard:
         board: Board,
         activity: Activity,
         connections: Connections,
-        members: Sequence[int],
+        names: Sequence[int],
         cut: Callable[[], None],
     ) -> None:
         self.failure: WireError | None = None

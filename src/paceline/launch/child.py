@@ -20,28 +20,42 @@ from typing import Any
 
 from paceline.launch.rundir import ProcessEntry, now_text, start_ticks
 
+NOTHING_YET = -1
 _PIECE = 1 << 16
-_LONGEST_LINE = 1 << 20  # a line without an end is cut, so that memory stays bounded
+_LONGEST_LINE = 1 << 20
 
 
-@dataclass(eq=False)
 class Lines:
-    """Cuts a stream of bytes into lines."""
+    """Cuts a stream of bytes into lines, in time that is linear in their length.
 
-    pending: bytes = b""
+    Args:
+        longest: Bytes after which a line without an end is cut, so that memory stays bounded; None never cuts.
+    """
+
+    def __init__(self, longest: int | None) -> None:
+        self._longest = longest
+        self._pieces: list[bytes] = []  # of the line that has not ended
+        self._held = 0
 
     def feed(self, data: bytes) -> list[str]:
         """The lines that `data` completes."""
-        *whole, self.pending = (self.pending + data).split(b"\n")
-        if len(self.pending) > _LONGEST_LINE:
-            whole.append(self.pending)
-            self.pending = b""
-        return [line.decode("utf-8", "replace") for line in whole]
+        whole, end, rest = data.rpartition(b"\n")
+        lines = self._taken(whole).split("\n") if end else []
+        self._pieces.append(rest)
+        self._held += len(rest)
+        if self._longest is not None and self._held > self._longest:
+            lines.append(self._taken(b""))
+        return lines
 
     def rest(self) -> list[str]:
         """What came after the last line's end."""
-        left, self.pending = self.pending, b""
-        return [left.decode("utf-8", "replace")] if left else []
+        left = self._taken(b"")
+        return [left] if left else []
+
+    def _taken(self, last: bytes) -> str:
+        whole = b"".join((*self._pieces, last))
+        self._pieces, self._held = [], 0
+        return whole.decode("utf-8", "replace")
 
 
 @dataclass(eq=False)
@@ -66,7 +80,7 @@ class Child:
     status: int | None = None
     started: str = field(default_factory=now_text)
     lines: dict[int, Lines] = field(default_factory=dict)
-    reports: Lines = field(default_factory=Lines)
+    reports: Lines = field(default_factory=lambda: Lines(None))
 
     @property
     def outputs(self) -> tuple[int, int]:
@@ -80,23 +94,23 @@ class Child:
         pid = self.popen.pid
         return ProcessEntry(self.name, "worker", self.rank, pid, self.incarnation, host, self.started, start_ticks(pid))
 
-    # -- reading
-    def read_output(self, fd: int, failed: Callable[[OSError], None]) -> tuple[list[str], bool]:
-        """Lines that have come, and whether more may come. `failed` is told once when the log cannot be written."""
+    # -- reading: what has come, and how many bytes that was; 0 at the end, NOTHING_YET where one would have to wait
+    def read_output(self, fd: int, failed: Callable[[OSError], None]) -> tuple[list[str], int]:
+        """Lines that have come. `failed` is told once when the log cannot be written."""
         data = _read(fd)
         if data is None:
-            return [], True
+            return [], NOTHING_YET
         if data and self.log_fd >= 0:
             self._log(data, failed)
-        cutter = self.lines.setdefault(fd, Lines())
-        return (cutter.feed(data), True) if data else (cutter.rest(), False)
+        cutter = self.lines.setdefault(fd, Lines(_LONGEST_LINE))
+        return cutter.feed(data) if data else cutter.rest(), len(data)
 
-    def read_reports(self) -> tuple[list[dict[str, Any]], bool]:
-        """Reports that have come, and whether more may come."""
+    def read_reports(self) -> tuple[list[dict[str, Any]], int]:
+        """Reports that have come."""
         data = _read(self.report_fd)
         if data is None:
-            return [], True
-        return [json.loads(line) for line in self.reports.feed(data)], bool(data)
+            return [], NOTHING_YET
+        return [json.loads(line) for line in self.reports.feed(data)], len(data)
 
     def _log(self, data: bytes, failed: Callable[[OSError], None]) -> None:
         try:

@@ -88,7 +88,7 @@ class _Meeting:
         arena_fd = self._share_memory(hosts) if wanted and len(set(hosts)) < len(hosts) else -1
         try:
             if arena_fd < 0:
-                return self._torch_wire()
+                return self._torch_wire(hosts)
             return self._shm_wire(arena_fd) if len(set(hosts)) == 1 else self._hierarchical_wire(arena_fd, hosts)
         finally:
             self._part()
@@ -140,6 +140,7 @@ class _Meeting:
 
     def _say_fallback(self, why: str) -> None:
         if self._place.plan.wire == "shm":
+            self._part()
             raise WireError("PL405", f"`--wire shm` was asked for, and memory cannot be shared: {why}")
         if self._place.rank == 0:
             message = f"memory cannot be shared on a host of this job, so c10d is used, which is slower: {why}"
@@ -147,11 +148,14 @@ class _Meeting:
             self._sink(Event("notice", 0, {"message": message}))
 
     # -- the three wires
-    def _torch_wire(self) -> Wire:
+    def _torch_wire(self, hosts: Sequence[int]) -> Wire:
         from paceline.group.torch_wire import TorchWire
 
         place = self._place
-        return TorchWire(self._store, place.rank, place.size, self._board, self._activity, device=self._device)
+        address = "127.0.0.1" if len(set(hosts)) == 1 else ""
+        return TorchWire(
+            self._store, place.rank, place.size, self._board, self._activity, device=self._device, hostname=address
+        )
 
     def _shm_wire(self, arena_fd: int) -> Wire:
         from paceline.group.shm_wire import ShmWire
@@ -215,9 +219,13 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, bound = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(bound)
-        listener.listen(1024)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(bound)
+            listener.listen(1024)
+        except BaseException:
+            listener.close()
+            raise
     except OSError as error:
         help = "MASTER_ADDR must be an address of the host of rank 0, and MASTER_PORT free there."
         raise WireError(

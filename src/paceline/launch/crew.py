@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import secrets
@@ -74,10 +75,10 @@ class Crew:
         with ExitStack() as stack:
             self._stack = stack
             stack.callback(self._end_all)
-            self._board_fd = os.memfd_create("paceline-board", os.MFD_CLOEXEC)
-            stack.callback(os.close, self._board_fd)
+            self._board_fd = self._memory_file("paceline-board")
             os.ftruncate(self._board_fd, Board.nbytes(self.size))
             self.board = Board(memoryview(mmap.mmap(self._board_fd, Board.nbytes(self.size))), self.size)
+            self._function_fd = self._describe_function()
             self._start()
             self._stack = stack.pop_all()
         return self
@@ -110,6 +111,19 @@ class Crew:
                 self._run.endpoints(_listeners(self.children))
 
     # -- starting
+    def _memory_file(self, name: str) -> int:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        self._stack.callback(os.close, fd)
+        return fd
+
+    def _describe_function(self) -> int:
+        if not self._order.function:
+            return -1
+        fd = self._memory_file("paceline-function")
+        with open(fd, "wb", closefd=False) as file:
+            file.write(json.dumps(dict(self._order.function)).encode())
+        return fd
+
     def _start(self) -> None:
         wire = self._order.plan.wire
         several = self.size > 1
@@ -140,11 +154,11 @@ class Crew:
         order = self._order
 
         def handoff(life_fd: int, report_fd: int) -> tuple[str, str]:
-            told = Handoff(place, os.getpid(), life_fd, report_fd, order.strategy_given, order.function)
+            told = Handoff(place, os.getpid(), life_fd, report_fd, order.strategy_given, self._function_fd)
             return VARIABLE, told.encode()
 
         environ = {**os.environ, **dict(order.plan.settings)}
-        inherit = [fd for fd in (place.board_fd, place.arena_fd) if fd >= 0]
+        inherit = [fd for fd in (place.board_fd, place.arena_fd, self._function_fd) if fd >= 0]
         try:
             child = spawn(
                 _WORKER, environ, handoff, inherit, rank=place.rank, name=place.name, incarnation=place.incarnation

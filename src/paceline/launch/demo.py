@@ -135,7 +135,7 @@ To try next, in {directory}/:
   less train.py                                               the four lines that it took, numbered
   python train.py                                             the same program on one process: the same curve
   paceline run train.py -n {self.processes} --strategy 'ddp(codec=bf16)'     half the bytes
-  paceline verify ledger runs/train-*                         every row of every epoch exactly once""")
+  paceline verify ledger runs/NAME                            every row of every epoch exactly once""")
 
     def _say(self, text: str) -> None:
         if not self.as_json:

@@ -5,15 +5,15 @@ ends, it does so in bounded steps, each harsher than the last:
 
 1. *stopping*: asked to end at the next step boundary; no deadline for Ctrl-C, :data:`TERM_DEADLINE` for SIGTERM;
 2. *aborting*: whoever waits stops waiting, and has :data:`WITNESS_GRACE` to say what it saw;
-3. *terminating*: SIGTERM to the process groups of those who have not said anything, and :data:`TERM_GRACE` later
-4. *killing*: SIGKILL. Ranks that did say something are on their way out; their exit handlers, which may upload the last
+3. *terminating*: SIGTERM to the process groups of those who have not reacted, and :data:`TERM_GRACE` later
+4. *killing*: SIGKILL. Ranks that have left their script are on their way out; their exit handlers, which may upload the last
    numbers, have :data:`FAREWELL_GRACE` since the abort, then they come to 3 as well.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -77,7 +77,6 @@ class Ending:
         self.stage = Stage.RUNNING
         self.asked = 0
         self.deadline: float | None = None
-        self._leaving: set[int] = set()
         self._last_farewell = 0.0
         self._spared: frozenset[int] = frozenset()
 
@@ -92,7 +91,6 @@ class Ending:
 
     def failed(self, rank: int, now: float) -> list[Action]:
         """A rank reports the exception that ended its script."""
-        self._leaving.add(rank)
         return [] if self.ours else self._abort(now, rank)
 
     def mistake(self, now: float) -> list[Action]:
@@ -105,6 +103,7 @@ class Ending:
         if self.stage == Stage.KILLING:
             return []
         if self.stage == Stage.TERMINATING:
+            self._spared = frozenset()
             return self._kill()
         if self.stage == Stage.STOPPING:
             return [Say("stopping now; press again to kill"), Abort(), *self._terminate(now)]
@@ -112,14 +111,14 @@ class Ending:
             return self._terminate(now)
         return self._stop(now, number, in_loop)
 
-    def tick(self, now: float) -> list[Action]:
-        """Time has passed."""
+    def tick(self, now: float, leaving: Collection[int] = ()) -> list[Action]:
+        """Time has passed; the ranks `leaving` have ended their script, well or not, and are on their way out."""
         if self.deadline is None or now < self.deadline:
             return []
         if self.stage == Stage.STOPPING:
             return self._abort(now)
         if self.stage == Stage.ABORTING:
-            return self._terminate(now, frozenset(self._leaving) if now < self._last_farewell else frozenset())
+            return self._terminate(now, frozenset(leaving) if now < self._last_farewell else frozenset())
         return self._kill()
 
     def _stop(self, now: float, number: int, in_loop: bool) -> list[Action]:
@@ -176,17 +175,17 @@ def exit_code(asked: int, mistake: Finding | None, failures: Sequence[Record]) -
     return LOST if "signal" in first else FAILED
 
 
-def left_early(statuses: Mapping[int, int], failures: Sequence[Record]) -> Finding | None:
-    """PL501 when the only failures are of ranks that missed one that has ended well: it left its loop early."""
-    gone = [rank for rank, status in statuses.items() if status == 0]
-    if not gone or not failures or any(code(f) not in _WITNESSES for f in failures):
+def left_early(gone: Sequence[int], failures: Sequence[Record]) -> Finding | None:
+    """PL501 when the ranks in `gone` have ended their script well, and the only failures are of ranks that missed them."""
+    own = [f for f in failures if not f.get("witness")]
+    if not gone or not own or any(code(f) not in _WITNESSES for f in own):
         return None
-    waited = [int(f["rank"]) for f in failures]
+    waited = [int(f["rank"]) for f in own]
     message = (
         f"{ranks(gone)} ended {verb(gone, 'its script', 'their scripts')}, and {ranks(waited)} still "
         f"{verb(waited, 'waits', 'wait')} for {verb(gone, 'it', 'them')}"
     )
-    lines = [f"rank {f['rank']}{_where(f)}: {f['message']}" for f in failures]
+    lines = [f"rank {f['rank']}{_where(f)}: {f['message']}" for f in own]
     return Finding("PL501", message, tuple(lines), fatal=True)
 
 

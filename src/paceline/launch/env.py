@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Handoff:
         life_fd: Read end of a pipe whose other end only the launcher holds: its end is the launcher's end.
         report_fd: Write end of a pipe of JSON lines to the launcher.
         strategy_given: The command line named the strategy, so it overrides the script's.
-        function: What to call instead of a script, see ``function.py``.
+        function_fd: A memory file that says what to call instead of a script (``function.describe``), or -1. Arguments
+            may be longer than a variable can be.
     """
 
     place: Place
@@ -50,7 +51,7 @@ class Handoff:
     life_fd: int
     report_fd: int
     strategy_given: bool = False
-    function: Mapping[str, Any] = field(default_factory=dict)
+    function_fd: int = -1
 
     def encode(self) -> str:
         return json.dumps(asdict(self), default=str)

@@ -68,9 +68,8 @@ def _results(outcome: Outcome, n: int) -> list[Any]:
         raise PacelineError(outcome.mistake.code, "\n  ".join(lines))
     first = cause(outcome.failures)
     if first is not None:
-        _, *told = _cause_in_full(failure.render(outcome.failures, n))
-        headline = f"rank {first['rank']} failed: {first.get('type', 'ended')}: {first.get('message', '')}"
-        raise PacelineError(failure.code(first), "\n".join([headline, *told]), help=first.get("help"))
+        told = "\n".join(_cause_in_full(failure.render(outcome.failures, n)))
+        raise PacelineError(failure.code(first), told.partition("] on ")[2], help=first.get("help"))
     return [outcome.results[rank] for rank in range(n)]
 
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from paceline.launch import ending as ends
@@ -21,11 +22,12 @@ from paceline.launch.ending import Abort, Action, Ending, RequestStop, Say, Sign
 from paceline.launch.rundir import RunDirectory, State, now_text
 from paceline.launch.signals import Signals
 from paceline.observe import failure, hang
-from paceline.terms.activity import Snapshot
+from paceline.terms.activity import Phase, Snapshot
 
 __all__ = ["Launcher", "Order", "Outcome", "View"]
 
 BEAT = 0.1  # seconds between two looks at the board
+_MOST_READS = 4096  # of one pipe, once its rank has ended: somebody else may go on writing into it for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,32 +135,34 @@ class Launcher:
         if not self._have_met and all(snapshot.adopted for snapshot in snapshots):
             self._have_met = True
             self._crew.have_met()
-        self._do(self._ending.tick(now))
+        leaving = [s.rank for s in snapshots if s.phase in (Phase.FINISHED, Phase.FAILED)]
+        self._do(self._ending.tick(now, leaving))
 
     def _snapshots(self) -> list[Snapshot]:
         return [self._crew.board.read(rank) for rank in range(self._crew.size)]
 
     # ---- what happens ---------------------------------------------------------------------------------------------
-    def _on_output(self, child: Child, fd: int) -> bool:
-        """Pass lines on. True when there may be more to read at once."""
-        lines, more = child.read_output(fd, self._log_failed)
+    def _on_output(self, child: Child, fd: int) -> int:
+        """Pass lines on; see ``Child.read_output`` for the number."""
+        lines, count = child.read_output(fd, self._log_failed)
         stream = "stdout" if fd == child.outputs[0] else "stderr"
         for line in lines:
             self._view.output(child.rank, line, stream)
-        if not more:
+        if count == 0:
             self._selector.unregister(fd)
-        return more and bool(lines)
+        return count
 
     def _log_failed(self, error: OSError) -> None:
         if self._run is not None:
             self._run.failed(error)
 
-    def _on_reports(self, child: Child) -> None:
-        reports, more = child.read_reports()
+    def _on_reports(self, child: Child) -> int:
+        reports, count = child.read_reports()
         for report in reports:
             self._on_report(child, report)
-        if not more:
+        if count == 0:
             self._selector.unregister(child.report_fd)
+        return count
 
     def _on_report(self, child: Child, report: dict[str, Any]) -> None:
         match report.pop("kind"):
@@ -193,17 +197,15 @@ class Launcher:
         self._failures.append({**record, "rank": child.rank, "name": child.name})
 
     def _drain(self, child: Child) -> None:
-        """Read what is left in the pipes. Their ends may be held open by a process that is still dying."""
+        """Read what is left in the pipes: their ends may be held open by a process that has left the rank's session."""
         registered = self._selector.get_map()
-        for fd in child.outputs:
-            while fd in registered and self._on_output(child, fd):
-                pass
+        sources = [(fd, partial(self._on_output, child, fd)) for fd in child.outputs]
+        for fd, read in [*sources, (child.report_fd, partial(self._on_reports, child))]:
+            for _ in range(_MOST_READS):
+                if fd not in registered or read() <= 0:
+                    break
             if fd in registered:
                 self._selector.unregister(fd)
-        if child.report_fd in registered:
-            self._on_reports(child)
-        if child.report_fd in registered:
-            self._selector.unregister(child.report_fd)
 
     def _on_finding(self, finding: hang.Finding, now: float) -> None:
         if not finding.fatal:
@@ -233,9 +235,9 @@ class Launcher:
     def _conclude(self) -> Outcome:
         """Name the cause."""
         asked = self._ending.asked
-        statuses = {child.rank: child.status or 0 for child in self._crew.children}
         if not asked:
-            said = ends.left_early(statuses, self._failures) if self._failures else ends.differing(self._hashes)
+            gone = [s.rank for s in self._snapshots() if s.phase is Phase.FINISHED]
+            said = ends.left_early(gone, self._failures) if self._failures else ends.differing(self._hashes)
             self._mistake = self._mistake or said
         code = ends.exit_code(asked, self._mistake, self._failures)
         states: dict[int, State] = {ends.OK: "finished", ends.LOST: "lost"}

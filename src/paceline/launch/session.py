@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -116,12 +117,12 @@ class LaunchedSession(Session):
         memory = mmap.mmap(place.board_fd, Board.nbytes(place.size))
         super().__init__(place, Board(memoryview(memory), place.size), self._take, handoff.strategy_given)
         self.activity.register(os.getpid())
-        self._report_fd = handoff.report_fd
+        self._report_fd, self._sending = handoff.report_fd, threading.Lock()
         path = place.run_dir / "events" / f"{place.name}.jsonl" if place.run_dir is not None else None
         self._writer: EventWriter = EventWriter(
             path, name=place.name, incarnation=place.incarnation, on_failure=self._events_failed
         )
-        script = Path(place.plan.script).absolute() if not handoff.function else None
+        script = Path(place.plan.script).absolute() if handoff.function_fd < 0 else None
         self._heartbeat: Heartbeat = Heartbeat(self.activity, script, self._writer.flush)
         self._heartbeat.start()
         self.sink(Event("start", 0, {"rank": place.rank, "size": place.size, "pid": os.getpid(), "host": place.host}))
@@ -133,21 +134,24 @@ class LaunchedSession(Session):
             self.report(event.kind, **event.data)
 
     def report(self, kind: str, **data: Any) -> None:
-        """Tell the launcher, whole or not at all. It is gone when it does not listen; then so is this process, soon."""
+        """Tell the launcher. It is gone when it does not listen; then so is this process, soon."""
         from paceline.observe.plain import plain
 
-        rest = memoryview(json.dumps(plain({"kind": kind, **data}), allow_nan=False).encode() + b"\n")
         try:
-            while rest:
-                rest = rest[os.write(self._report_fd, rest) :]
+            self._send(json.dumps(plain({"kind": kind, **data}), allow_nan=False))
         except OSError:
             pass
 
     def result(self, text: str) -> None:
         """Tell the launcher what a launched function has returned, as JSON text."""
-        rest = memoryview(b'{"kind": "result", "value": ' + text.encode() + b"}\n")
-        while rest:
-            rest = rest[os.write(self._report_fd, rest) :]
+        self._send(f'{{"kind": "result", "value": {text}}}')
+
+    def _send(self, line: str) -> None:
+        """A whole line: the heartbeat's thread has reports of its own."""
+        rest = memoryview(line.encode() + b"\n")
+        with self._sending:
+            while rest:
+                rest = rest[os.write(self._report_fd, rest) :]
 
     def _events_failed(self, error: OSError) -> None:
         message = f"the events of {self.place.name} cannot be written ({error.strerror or error}); training goes on"

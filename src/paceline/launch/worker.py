@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import fcntl
+import json
 import os
 import select
 import signal
@@ -23,7 +24,7 @@ from importlib.machinery import SourceFileLoader
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from paceline.launch import session as sessions
 from paceline.launch.env import VARIABLE, Handoff
@@ -83,7 +84,7 @@ class Rank:
     """
 
     def __init__(self, handoff: Handoff, session: LaunchedSession) -> None:
-        self._function = dict(handoff.function)
+        self._function = _read_function(handoff.function_fd)
         self._session = session
         self._plan = session.place.plan
         self._script = None if self._function else Path(self._plan.script).absolute()
@@ -97,13 +98,15 @@ class Rank:
         return status
 
     def _attempt(self) -> int:
+        """The board says FINISHED before the wire is closed: who misses this rank then knows why."""
         session = self._session
         try:
             self._work()
+            session.activity.enter(Phase.FINISHED)
             session.finish()
         except Stopped as stopped:
-            session.finish(stopped)
             session.activity.enter(Phase.FINISHED)
+            session.finish(stopped)
             return 0
         except SystemExit as error:
             return self._left(error)
@@ -115,12 +118,11 @@ class Rank:
 
     def _ended_well(self) -> int:
         """Several processes that share nothing are a mistake, and were the slowest way to run the script once."""
-        session, size = self._session, self._session.place.size
-        if size > 1 and not self._function and not session.adopted:
-            message = f"the script ended without job.adopt: each of {size} processes ran all of it"
-            return self._failed(UsageError("PL102", message))
-        session.activity.enter(Phase.FINISHED)
-        return 0
+        size = self._session.place.size
+        if size == 1 or self._function or self._session.adopted:
+            return 0
+        message = f"the script ended without job.adopt: each of {size} processes ran all of it"
+        return self._failed(UsageError("PL102", message))
 
     def _work(self) -> None:
         if self._plan.seed is not None:
@@ -162,6 +164,15 @@ class Rank:
         session.sink(Event("fault", 0, fault))
         session.finish(error)
         return 1
+
+
+def _read_function(fd: int) -> dict[str, Any]:
+    """What ``paceline.launch`` wants called, or nothing. The descriptor's position is shared by all ranks, so it is not used."""
+    if fd < 0:
+        return {}
+    found: dict[str, Any] = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+    os.close(fd)
+    return found
 
 
 def run_script(plan: Plan, script: Path) -> None:

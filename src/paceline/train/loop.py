@@ -140,17 +140,13 @@ class Loop:
             self._report_nonfinite(verdict)
 
     def _report_nonfinite(self, verdict: Verdict) -> None:
-        batch, step = self._latest, self.steps + 1
-        rows = (
-            "no adopted loader"
-            if batch is None
-            else f"epoch {batch.epoch}, rows {batch.start}..{batch.start + batch.rows - 1}"
-        )
-        if verdict.mine and batch is not None:
-            rows = (
-                f"epoch {batch.epoch}, this rank's rows {batch.local_start}..{batch.local_start + batch.local_rows - 1}"
-            )
-        message = f"step {step}: the gradient of {verdict.nonfinite} of {self._size} ranks is not finite ({rows})"
+        message = f"step {self.steps + 1}: the gradient of {verdict.nonfinite} of {self._size} ranks is not finite"
+        batch = self._latest
+        if batch is not None and verdict.mine:
+            first = batch.start + batch.local_start
+            message += f"; epoch {batch.epoch}, this rank's rows {first}..{first + batch.local_rows - 1}"
+        elif batch is not None:
+            message += f"; epoch {batch.epoch}, rows {batch.start}..{batch.start + batch.rows - 1}"
         if self._stop_on_nan:
             raise StepError("PL409", message)
         if verdict.mine:

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from paceline.launch import tuning
 
@@ -90,10 +93,39 @@ def _run_once(column: Column, processes: int, arguments: tuple[str, ...], timeou
 def execute(command: list[str], environment: Mapping[str, str], out: Path, timeout: float) -> dict[str, Any]:
     """Run `command` and read the JSON that it leaves at `out`."""
     started = time.monotonic()
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    if done.returncode or not out.exists():
-        raise RuntimeError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            status = str(process.wait(timeout))
+        except subprocess.TimeoutExpired:
+            status = f"none after {timeout:g} s"
+        finally:
+            end(process)
+        if status != "0" or not out.exists():
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)}\nexit status {status}\n{said.read()[-4000:]}")
     result: dict[str, Any] = json.loads(out.read_text())
     return {**result, "started_at": started}
+
+
+@contextmanager
+def background(command: list[str], environment: Mapping[str, str]) -> Iterator[None]:
+    """`command` runs while the block does, and a little longer where it has not finished."""
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
+    try:
+        yield
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Kill what is left of a process and of everything below it: torchrun's workers have sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait()

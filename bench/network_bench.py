@@ -3,7 +3,8 @@
     sudo python bench/network_bench.py [--quick] [--rate 1gbit]
 
 A pair of virtual interfaces joins the namespaces, each end limited by a token bucket; one process on each side. Each side
-has a host name of its own, so nobody can take a short cut through shared memory: the bytes sent are counted and shown.
+has a host name of its own, which resolves to its address, so nobody can take a short cut through shared memory: the bytes
+sent are counted and shown.
 Needs root and the tools `ip`, `tc` and `unshare`.
 """
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import DDP, PACELINE, PEER, Column, execute
+from launchers import DDP, PACELINE, PEER, Column, background, execute
 from report import Bar, machine, median, show, write
 from workloads import WORKLOADS
 
@@ -32,18 +33,26 @@ TOOLS = ("ip", "tc", "unshare", "sh")
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two pretended machines."""
+    """One of the two pretended machines.
+
+    Attributes:
+        namespace: Its network, and its host name.
+        address: Of its end of the wire.
+        hosts: What it sees as /etc/hosts.
+    """
 
     namespace: str
     address: str
+    hosts: Path
 
     def run(self, *command: str) -> None:
         subprocess.run(["ip", "netns", "exec", self.namespace, *command], check=True, capture_output=True, text=True)
 
     def wrap(self, command: list[str]) -> list[str]:
         """`command` in this namespace, under a host name of its own."""
-        named = f'hostname {self.namespace} && exec "$@"'
-        return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", named, "sh", *command]
+        named = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+        inside = ["unshare", "--uts", "--mount", "sh", "-c", named, self.namespace, str(self.hosts)]
+        return ["ip", "netns", "exec", self.namespace, *inside, *command]
 
     def bytes_sent(self) -> int:
         path = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
@@ -94,23 +103,26 @@ def _lacking() -> str:
 
 @contextmanager
 def _two_machines(rate: str) -> Iterator[tuple[Side, Side]]:
-    """Namespaces, interfaces, limits; all gone afterwards, whatever happened."""
-    sides = Side(f"pl-bench-{os.getpid()}-a", "10.213.7.1"), Side(f"pl-bench-{os.getpid()}-b", "10.213.7.2")
-    try:
-        for side in sides:
-            _ip("netns", "add", side.namespace)
-        a, b = (side.namespace for side in sides)
-        _ip("link", "add", INTERFACE, "netns", a, "type", "veth", "peer", "name", INTERFACE, "netns", b)
-        for side in sides:
-            side.run("ip", "addr", "add", f"{side.address}/24", "dev", INTERFACE)
-            side.run("ip", "link", "set", "lo", "up")
-            side.run("ip", "link", "set", INTERFACE, "up")
-            limit = ("rate", rate, "burst", "1mb", "latency", "50ms")
-            side.run("tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
-        yield sides
-    finally:
-        for side in sides:
-            subprocess.run(["ip", "netns", "del", side.namespace], check=False, capture_output=True)
+    """Namespaces, interfaces, limits, names; all gone afterwards, whatever happened."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        hosts = Path(directory) / "hosts"
+        a, b = (Side(f"pl-bench-{os.getpid()}-{end}", f"10.213.7.{end}", hosts) for end in (1, 2))
+        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{side.address} {side.namespace}\n" for side in (a, b)))
+        try:
+            for side in (a, b):
+                _ip("netns", "add", side.namespace)
+            peer = ("peer", "name", INTERFACE, "netns", b.namespace)
+            _ip("link", "add", INTERFACE, "netns", a.namespace, "type", "veth", *peer)
+            for side in (a, b):
+                side.run("ip", "addr", "add", f"{side.address}/24", "dev", INTERFACE)
+                side.run("ip", "link", "set", "lo", "up")
+                side.run("ip", "link", "set", INTERFACE, "up")
+                limit = ("rate", rate, "burst", "1mb", "latency", "50ms")
+                side.run("tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
+            yield a, b
+        finally:
+            for side in (a, b):
+                subprocess.run(["ip", "netns", "del", side.namespace], check=False, capture_output=True)
 
 
 def _ip(*arguments: str) -> None:
@@ -123,23 +135,12 @@ def _run(column: Column, workload: str, sides: tuple[Side, Side]) -> dict[str, A
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         out = Path(name) / "result.json"
-        environment = column.environment(1) | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": str(threads)}
+        environment = column.environment(1) | {"OMP_NUM_THREADS": str(threads)}
         before = first.bytes_sent()
-        other = subprocess.Popen(
-            second.wrap(_torchrun(column, workload, first.address, 1, out)),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=name,
-        )
-        try:
-            command = first.wrap(_torchrun(column, workload, first.address, 0, out))
-            result = execute(command, environment, out, timeout=180)
-            other.wait(30)
-        finally:
-            other.kill()
-            other.wait()
+        there = second.wrap(_torchrun(column, workload, first.address, 1, out))
+        here = first.wrap(_torchrun(column, workload, first.address, 0, out))
+        with background(there, environment):
+            result = execute(here, environment, out, timeout=180)
     work = WORKLOADS[workload]
     steps = (work.warm_up + work.timed) * work.steps
     return {**result, "megabytes_per_step": (first.bytes_sent() - before) / steps / 1e6}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,13 +99,20 @@ def test_a_port_that_is_taken() -> None:
 def serve(peer: Peer, port: int) -> list[str]:
     store = connect.join_store(f"tcp:127.0.0.1:{port}/x", 0, 1)
     store.set("key", "value")
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
+    return sorted(connect.listening())
 
 
 def test_the_store_listens_on_its_address_only(port: int) -> None:
     """c10d left to itself listens on all interfaces."""
-    assert run_peers(serve, 1, port=port) == [[f"0100007F:{port:04X}"]]
+    assert run_peers(serve, 1, port=port) == [[f"127.0.0.1:{port}"]]
+
+
+def test_listening_sockets_are_seen() -> None:
+    before = connect.listening()
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("::1", 0), family=socket.AF_INET6) as two:
+        expected = {f"127.0.0.1:{one.getsockname()[1]}", f"::1:{two.getsockname()[1]}"}
+        assert connect.listening() - before == expected
+    assert connect.listening() == before
 
 
 def test_two_processes_of_this_host_have_one_identity() -> None:

@@ -360,17 +360,26 @@ def test_joining_ends_with_the_rendezvous() -> None:
 
 
 # ---- doors and leaks ------------------------------------------------------------------------------------------------
-def open_doors(peer: Peer, store: str) -> list[Any]:
-    wire = join(peer, store)
-    wire.barrier("open")
-    listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    wire.barrier("seen")
-    wire.close()
-    return listening
+def listening() -> list[str]:
+    return [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+
+
+def open_doors(peer: Peer, store: str) -> list[list[str]]:
+    found = []
+    for prefix, address in (("a", {"hostname": "127.0.0.1"}), ("b", {"hostname": "", "interface": "lo"})):
+        wire = join(peer, store, prefix=prefix, **address)
+        wire.barrier("open")
+        found.append(listening())
+        peer.mark("open")
+        wire.barrier("seen")
+        wire.close()
+    return found
 
 
 def test_only_gloo_listens_and_only_on_the_loopback() -> None:
-    assert run(open_doors, 3) == [["127.0.0.1"]] * 3
+    before, launcher = listening(), []
+    assert run(open_doors, 3, on_mark=lambda mark: launcher.append(listening())) == [[["127.0.0.1"]] * 2] * 3
+    assert launcher == [before] * 6
 
 
 def come_and_go(peer: Peer, store: str) -> list[Any]:

@@ -55,7 +55,7 @@ class _NumpyLane:
     def __init__(self, state: dict[str, Any]) -> None:
         self._random = loaded_numpy().random
         self._engine = getattr(self._random, state["bit_generator"])()
-        self._engine.state = {name: state[name] for name in ("bit_generator", "state")}
+        self._engine.state = {name: value for name, value in state.items() if name not in ("has_gauss", "gauss")}
         self._outer: Any = None
         self._words = self._read()
         self.state = state

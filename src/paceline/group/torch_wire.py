@@ -80,10 +80,14 @@ class TorchWire:
         with _joining(), self._connections.recorded():
             gloo_store = PrefixStore(f"{prefix}/gloo", store)
             self._groups["cpu"] = _gloo(gloo_store, rank, size, timeout, hostname, interface)
-        if device.type == "cuda" and torch.cuda.is_available():
-            with _joining():
-                self._groups["cuda"] = _nccl(PrefixStore(f"{prefix}/nccl", store), rank, size, timeout)
-        self._connections.name(rank, self.gather_bytes(f"join {prefix}", self._connections.digests()))
+        try:
+            if device.type == "cuda" and torch.cuda.is_available():
+                with _joining():
+                    self._groups["cuda"] = _nccl(PrefixStore(f"{prefix}/nccl", store), rank, size, timeout)
+            self._connections.name(rank, self.gather_bytes(f"join {prefix}", self._connections.digests()))
+        except BaseException:
+            self.close()
+            raise
 
     # -- memory
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Region:

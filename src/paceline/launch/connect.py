@@ -32,6 +32,8 @@ from paceline.terms.plan import Place
 JOIN = timedelta(minutes=5)
 """How long ranks wait for each other at the start."""
 
+_LISTEN = "0A"  # a state in the kernel's table of sockets
+
 
 def open_wire(place: Place, device: torch.device, activity: Activity, board: Board, sink: Sink) -> Wire:
     """The wire of this rank for buffers on `device`. All ranks call it.
@@ -236,3 +238,31 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _unreachable(address: str, why: str) -> WireError:
     return WireError("PL411", f"the rendezvous at {address} failed: {why.splitlines()[0] if why else 'no answer'}")
+
+
+# ---- what listens ---------------------------------------------------------------------------------------------------
+def listening() -> set[str]:
+    """The addresses of this process's listening TCP sockets, ``127.0.0.1:41234``."""
+    owned = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            owned.add(os.readlink(f"/proc/self/fd/{name}"))
+        except OSError:  # closed meanwhile
+            continue
+    rows = [line.split() for table in ("tcp", "tcp6") for line in _lines_of(Path("/proc/self/net", table))]
+    return {_address(row[1]) for row in rows if row[3] == _LISTEN and f"socket:[{row[9]}]" in owned}
+
+
+def _lines_of(table: Path) -> list[str]:
+    try:
+        return table.read_text().splitlines()[1:]
+    except OSError:  # a kernel without IPv6
+        return []
+
+
+def _address(text: str) -> str:
+    """The kernel writes addresses as words of 32 bits in its own byte order, and ports as hexadecimal numbers."""
+    words, _, port = text.partition(":")
+    raw = b"".join(int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8))
+    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
+    return f"{socket.inet_ntop(family, raw)}:{int(port, 16)}"

@@ -70,6 +70,7 @@ class Crew:
         self._host = socket.gethostname()
         self._launcher = _own_entry(self._host)
         self._rendezvous: Path | None = None
+        self._endpoints: list[dict[str, str]] = []
 
     def __enter__(self) -> Crew:
         with ExitStack() as stack:
@@ -104,11 +105,16 @@ class Crew:
             self._run.processes([self._launcher, *alive])
 
     def have_met(self) -> None:
-        """All ranks are connected: the rendezvous loses its name, and what listens is written down."""
+        """All ranks are connected: the rendezvous loses its name."""
         if self._rendezvous is not None:
             shutil.rmtree(self._rendezvous, ignore_errors=True)
-            if self._run is not None:
-                self._run.endpoints(_listeners(self.children))
+
+    def listens(self, rank: int, addresses: Sequence[str]) -> None:
+        """A rank has opened these sockets to be connected to; ``endpoints.json`` tells."""
+        name = self.children[rank].name
+        self._endpoints += [{"name": name, "address": address, "purpose": "gloo"} for address in addresses]
+        if self._run is not None:
+            self._run.endpoints(sorted(self._endpoints, key=lambda entry: (entry["name"], entry["address"])))
 
     # -- starting
     def _memory_file(self, name: str) -> int:
@@ -202,20 +208,3 @@ class Crew:
 def _own_entry(host: str) -> ProcessEntry:
     pid = os.getpid()
     return ProcessEntry("launcher", "launcher", None, pid, secrets.token_hex(16), host, now_text(), start_ticks(pid))
-
-
-def _listeners(children: Sequence[Child]) -> list[dict[str, Any]]:
-    """The listening sockets of the ranks: gloo keeps one open in each."""
-    import psutil
-
-    found = []
-    for child in children:
-        try:
-            connections = psutil.Process(child.popen.pid).net_connections("inet")
-        except psutil.Error:
-            continue
-        for connection in connections:
-            if connection.status == psutil.CONN_LISTEN:
-                address = f"{connection.laddr.ip}:{connection.laddr.port}"
-                found.append({"name": child.name, "address": address, "purpose": "gloo, ranks of this host"})
-    return found

@@ -171,6 +171,8 @@ class Launcher:
                 self._do(self._ending.failed(child.rank, time.monotonic()))
             case "result":
                 self._results[child.rank] = report["value"]
+            case "listening":
+                self._crew.listens(child.rank, report["addresses"])
             case kind:
                 self._note(child.rank, kind, report)
                 self._view.report(child.rank, {"kind": kind, **report})

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -152,7 +152,7 @@ class RunDirectory:
         """Who is alive."""
         self._try(lambda: self._replace("processes.json", _lines(asdict(entry) for entry in entries)))
 
-    def endpoints(self, entries: Sequence[dict[str, Any]]) -> None:
+    def endpoints(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Every listening socket of the run."""
         self._try(lambda: self._replace("endpoints.json", _lines(entries)))
 

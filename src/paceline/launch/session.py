@@ -133,6 +133,16 @@ class LaunchedSession(Session):
         if event.kind in _REPORTED:
             self.report(event.kind, **event.data)
 
+    def _connect(self, device: torch.device) -> Wire:
+        """Opens the wire, and tells what it listens on."""
+        from paceline.launch.connect import listening
+
+        before = listening()
+        wire = super()._connect(device)
+        if opened := listening() - before:
+            self.report("listening", addresses=sorted(opened))
+        return wire
+
     def report(self, kind: str, **data: Any) -> None:
         """Tell the launcher. It is gone when it does not listen; then so is this process, soon."""
         from paceline.observe.plain import plain

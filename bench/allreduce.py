@@ -119,7 +119,9 @@ def run(size: int, repeat: int, kernels: list[str]) -> dict[str, list[list[float
         sys.exit("a rank failed")
     by_rank = [json.loads(answer.splitlines()[-1]) for answer in answers]
     return {
-        label: [[max(each) for each in zip(*(r[label][c] for r in by_rank), strict=True)] for c in range(len(kernels) + 1)]
+        label: [
+            [max(each) for each in zip(*(r[label][c] for r in by_rank), strict=True)] for c in range(len(kernels) + 1)
+        ]
         for label in SIZES
     }
 

@@ -76,7 +76,9 @@ class Routed(nn.Module):
 
 def unused_parameters(job):
     model = Routed()
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)  # decay shows a step that should not have been
+    opt = torch.optim.AdamW(
+        model.parameters(), lr=1e-2, weight_decay=0.1
+    )  # decay shows a step that should not have been
     data = loader(batch=4)
     model, opt, data = job.adopt(model, opt, data)
     step = 0

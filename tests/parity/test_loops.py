@@ -41,7 +41,9 @@ def test_loops_as_people_write_them(n: int, expected: Path, tmp_path: Path) -> N
     assert proved.returncode == 0, proved.stdout + proved.stderr
 
 
-@pytest.mark.parametrize("case", ["unused_parameters", "fewer_rows_than_ranks", "gradients_by_hand", "average_of_weights"])
+@pytest.mark.parametrize(
+    "case", ["unused_parameters", "fewer_rows_than_ranks", "gradients_by_hand", "average_of_weights"]
+)
 def test_one_model_alone(case: str, expected: Path, tmp_path: Path) -> None:
     """Alone, a model's buckets leave while backward runs; after others, ranks agree on the models first."""
     done = run_paceline("run", SCRIPT, "-n", "3", "--", "--cases", case, "--out", tmp_path, cwd=tmp_path, timeout=100)

@@ -74,7 +74,18 @@ def test_variants_of_ddp(strategy: str, setting: str, expected: dict[str, Path],
     """One model alone, so that its buckets are exchanged while backward runs."""
     out = tmp_path / "out"
     out.mkdir()
-    arguments = ("--strategy", strategy, "--run-dir", tmp_path / "run", "--", "gpt", "--settings", setting, "--out", out)
+    arguments = (
+        "--strategy",
+        strategy,
+        "--run-dir",
+        tmp_path / "run",
+        "--",
+        "gpt",
+        "--settings",
+        setting,
+        "--out",
+        out,
+    )
     done = run_paceline("run", CASE, "-n", "3", *arguments, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     only = tmp_path / "expected"

@@ -62,7 +62,9 @@ def test_exception_on_one_rank(write: Callable[[str], Path]) -> None:
     assert done.returncode == 1, text
     assert "PL503" in text
     assert "the one that matters" in text
-    assert f"script.py:{line_of(script, 'raise KeyError')}" in text or f"line {line_of(script, 'raise KeyError')}" in text
+    assert (
+        f"script.py:{line_of(script, 'raise KeyError')}" in text or f"line {line_of(script, 'raise KeyError')}" in text
+    )
     assert "PL403" not in text.split("the one that matters")[-1], "the cause comes last, witnesses before it"
 
 
@@ -154,7 +156,9 @@ def test_two_different_collectives(write: Callable[[str], Path]) -> None:
     ],
 )
 def test_different_models(write: Callable[[str], Path], difference: str) -> None:
-    script = write(f"{difference}\njob.adopt(model, torch.optim.SGD(model.parameters(), 0.1) if 'opt' not in {difference!r} else opt)")
+    script = write(
+        f"{difference}\njob.adopt(model, torch.optim.SGD(model.parameters(), 0.1) if 'opt' not in {difference!r} else opt)"
+    )
     done = run(script)
     text = done.stdout + done.stderr
     assert done.returncode == 1, text
@@ -213,6 +217,21 @@ def test_nan_is_reported_with_step_and_rows_and_goes_on(write: Callable[[str], P
     assert "PL409" in stopped.stdout + stopped.stderr
 
 
+def test_parameter_that_is_unfrozen_later_is_refused(write: Callable[[str], Path]) -> None:
+    """Its gradient would stay this rank's own, and nobody would know."""
+    script = write("""
+        model[0].requires_grad_(False)
+        model, opt, data = job.adopt(model, opt, data)
+        for i, (x, y) in enumerate(data):
+            if i == 3:
+                model[0].requires_grad_(True)
+            step(x, y)
+    """)
+    done = run(script, n=2)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "PL304" in done.stdout + done.stderr
+
+
 def test_closure_and_lbfgs_are_refused(write: Callable[[str], Path]) -> None:
     script = write("""
         from paceline import PacelineError
@@ -251,7 +270,9 @@ def test_closure_and_lbfgs_are_refused(write: Callable[[str], Path]) -> None:
         (("--wire", "pigeon"), "PL105", "shm"),
     ],
 )
-def test_refused_before_anything_starts(write: Callable[[str], Path], flags: tuple[str, ...], code: str, hint: str) -> None:
+def test_refused_before_anything_starts(
+    write: Callable[[str], Path], flags: tuple[str, ...], code: str, hint: str
+) -> None:
     script = write("print('started')")
     done = run_paceline("run", script, "-n", "2", *flags, cwd=script.parent, timeout=20)
     text = done.stdout + done.stderr

@@ -258,6 +258,35 @@ def test_an_arena_is_joined_once_and_by_ranks_of_one_size() -> None:
     os.close(fd)
 
 
+def test_ranks_are_called_by_their_names_on_the_board() -> None:
+    board, fd = Board.private(4), arena.create()
+    left, right = (ShmWire(fd, r, 2, board, board.activity(r + 2), names=(2, 3)) for r in (0, 1))
+    right.close()
+    with pytest.raises(PeerLost, match="rank 3 closed its wire while rank 2 waited"):
+        left.barrier("together")
+    left.close()
+    os.close(fd)
+
+
+def test_two_wires_in_one_process_need_no_waiting() -> None:
+    """Starting and polling is enough; what is done is forgotten."""
+    board, fd = Board.private(2), arena.create()
+    wires = [ShmWire(fd, r, 2, board, board.activity(r), kernel="c") for r in (0, 1)]
+    for dtype in (torch.float32, torch.bfloat16):
+        buffers = [wire.cut(wire.allocate(1000, dtype, CPU), [1000], [1])[0] for wire in wires]
+        for _ in range(3):
+            works = []
+            for wire, buffer in zip(wires, buffers, strict=True):
+                buffer.tensor.fill_(wire.rank + 1)
+                works.append(wire.start(AllReduce(buffer, [1.0])))
+            assert [work.poll() for work in works] == [False, True]
+            assert [work.poll() for work in works] == [True, True]
+            assert all(buffer.tensor.eq(3).all() for buffer in buffers)
+    for wire in wires:
+        wire.close()
+    os.close(fd)
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 def test_an_arena_that_is_too_small() -> None:
     wire, fd = alone(8 << 20)

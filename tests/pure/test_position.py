@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from paceline.terms.errors import StepError, UsageError
 from support.feeds import Rank, Rows, Stream, reassembled, run_ranks, seeded
-from tests.pure.test_feed import LOADERS, N, rows_of
+from support.loaders import LOADERS, N, rows_of
 
 
 def script(job: Any, make: Any, options: dict[str, Any], *, stop: int | None = None, saved: Any = None) -> list[Any]:
@@ -138,6 +138,18 @@ def test_uncommitted_batches_come_again() -> None:
         again.load_state_dict(saved)
         torch.manual_seed(1)
         assert [rows_of(batch) for batch in again] == batches[2:]
+
+
+def test_a_loaded_position_can_be_saved_again_before_it_is_used() -> None:
+    with seeded(0):
+        feed = feed_of(DataLoader(Rows(30), batch_size=5, shuffle=True))
+        it = iter(feed)
+        next(it)
+        feed.commit()
+        saved = feed.state_dict()
+        again = feed_of(DataLoader(Rows(30), batch_size=5, shuffle=True))
+        again.load_state_dict(saved)
+        assert again.state_dict() == saved
 
 
 def test_a_position_at_the_very_end_of_a_pass_ends_it() -> None:

@@ -136,6 +136,8 @@ class Feed(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The committed position, as JSON values. The data stream itself is saved by ``Streams.state_dict``."""
+        if self._resume is not None:
+            return self._resume.to_json()
         course = self._course
         length, held = length_of(self._loader), tuple(self._sources().read_held())
         if course is None or course.ended or self._pass() is None:

@@ -60,9 +60,8 @@ class Pass(Iterator[Any]):
         self._course = course
         self._hooks = hooks
         self._activity = activity
-        self.heir: Pass | None = (
-            None  # persistent workers serve one pass; an older iterator goes on with the newer pass
-        )
+        # Persistent workers serve one pass at a time: an older iterator goes on with the newer pass, as torch's does.
+        self.heir: Pass | None = None
 
     def __next__(self) -> Any:
         if self.heir is not None:

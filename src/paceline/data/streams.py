@@ -192,3 +192,4 @@ def _write_mark(mark: int) -> None:
     state = torch.default_generator.get_state()
     state[:_SEED_BYTES] = torch.frombuffer(bytearray(mark.to_bytes(_SEED_BYTES, "little")), dtype=torch.uint8)
     torch.default_generator.set_state(state)
+    assert torch.initial_seed() == mark, "this torch keeps the seed elsewhere in a generator's state"

@@ -157,7 +157,7 @@ class Arena:
 
     def commit(self, offset: int, nbytes: int) -> None:
         """Have the pages of a range of the file from now on. Raises WireError PL405. See Note [commit]."""
-        if nbytes <= 0:
+        if nbytes <= 0 or not hasattr(os, "posix_fallocate"):  # macOS has none: there a signal remains the answer
             return
         try:
             os.posix_fallocate(self.fd, offset, nbytes)

@@ -1,7 +1,7 @@
 /* The hot path of the shared-memory wire: sum buffers that every rank has mapped, publish words, wait for words.
  *
- * Plain C ABI for ctypes; the structs are mirrored in kernel.py. The protocol is the one of PureSum in sums.py, word for word, so that
- * a rank with this kernel and one without it can share an arena, and the sums have the same bits:
+ * Plain C ABI for ctypes; the structs are mirrored in kernel.py. The protocol is that of PureSum in sums.py, word for word,
+ * so that a rank with this kernel and one without it can share an arena, and the sums have the same bits:
  *
  *   start     write the header (Python), then publish ready[me] = count
  *   all ready sum my slice over ranks in rank order, scale it, write it into every rank's copy; publish done[me] = count
@@ -40,12 +40,12 @@
 #endif
 #define EXPORT __attribute__((visibility("default")))
 
-enum { SLEEP = 64 };                    /* byte offset of the sleep word in a control page */
-enum { READY = 0, DONE = 8, BAD = 16, HEADER = 64 }; /* byte offsets in a buffer's sheet */
-enum { IDLE = 0, STARTED = 1, SUMMED = 2 };
-enum { ANYBODY = 1, RANK = 2 };         /* sleep words: for anybody, for rank w - RANK */
-enum { BLOCK = 1024 };                  /* elements summed at a time: they stay in the first cache */
-enum { SHY = 64 };                      /* waits without quick looks after a yield that lasted; see Note [quick looks] */
+enum { SLEEP = 64 };                                  /* byte offset of the sleep word in a control page */
+enum { READY = 0, DONE = 8, BAD = 16, HEADER = 64 };  /* byte offsets in a rank's part of a sheet */
+enum { IDLE = 0, STARTED = 1, SUMMED = 2 };           /* stages of an operation */
+enum { ANYBODY = 1, RANK = 2 };                       /* sleep words: for anybody, for rank (word - RANK) */
+enum { BLOCK = 1024 };                                /* elements summed at a time: they stay in the first cache */
+enum { SHY = 64 };                                    /* waits without quick looks; see Note [quick looks] */
 
 typedef struct pl_buffer {
   struct pl_buffer *next; /* list of the buffers under way */
@@ -53,8 +53,8 @@ typedef struct pl_buffer {
   char *sheet;            /* rank r's words and headers: sheet + r * sheet_stride */
   double *sums;           /* header sums, private */
   int64_t payload_stride, sheet_stride;
-  int64_t low, high; /* my slice: [low, high) */
-  int64_t count;            /* number of the operation under way, or of the last one */
+  int64_t low, high;      /* my slice: [low, high) */
+  int64_t count;          /* number of the operation under way, or of the last one */
   double divisor;
   int32_t header_size, doubles, weighted, stage, peer, nonfinite;
 } pl_buffer;

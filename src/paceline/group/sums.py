@@ -13,6 +13,7 @@ import ctypes
 import itertools
 import math
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,7 @@ def tensor_over(span: Span, start: int, numel: int, dtype: torch.dtype) -> Tenso
     return torch.frombuffer(span.memory, dtype=dtype, count=numel, offset=start)
 
 
-class Sum:
+class Sum(ABC):
     """What both engines have in common: the header's way in, and whose turn it is."""
 
     def __init__(self, layout: Layout) -> None:
@@ -97,21 +98,21 @@ class Sum:
             raise ValueError(f"this buffer's header has {self.layout.header_size} numbers, {len(header)} were given")
         self._pack(self.layout.sheet.memory, self._own_header, *header)
 
+    @abstractmethod
     def start(self, header: Sequence[float], divisor: float | None) -> None:
         """Publish this rank's payload. Does not wait."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self) -> bool:
         """Do what can be done without waiting; True when the buffer holds the result."""
-        raise NotImplementedError
 
+    @abstractmethod
     def missing(self) -> int:
         """Bit mask of the ranks that are waited for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self) -> tuple[list[float], bool]:
         """The header's sums, and whether the payload has a value that is not finite."""
-        raise NotImplementedError
 
 
 def under_way(layout: Layout) -> StepError:

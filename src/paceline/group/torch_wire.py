@@ -249,7 +249,8 @@ def _joining() -> Iterator[None]:
     except PacelineError:
         raise
     except RuntimeError as error:
-        raise WireError("PL411", f"the group could not be formed: {short(error)}") from error
+        full = any(word in str(error) for word in ("Too many open files", "socket", "Cannot assign", "in use"))
+        raise WireError("PL407" if full else "PL411", f"the group could not be formed: {short(error)}") from error
 
 
 def _gloo(store: Store, rank: int, size: int, timeout: timedelta, hostname: str, interface: str) -> Any:

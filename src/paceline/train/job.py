@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,15 @@ from paceline.train.shared import SharedParameters
 from paceline.train.step import Stepper
 
 
+@dataclass(frozen=True, slots=True)
+class _Owners:
+    """Whose parameters an optimizer has: replicas, how many parameters there were, those that were frozen."""
+
+    replicas: list[Replica]
+    count: int
+    frozen: list[Tensor]
+
+
 class Job:
     """This process's part of the job. Made by ``paceline.job()``.
 
@@ -53,6 +63,7 @@ class Job:
         self._wire: Wire | None = None
         self._stepper: Stepper | None = None
         self._shared: dict[Optimizer, SharedParameters] = {}
+        self._owners: dict[Optimizer, _Owners] = {}
         self._models: dict[str, nn.Module] = {}
         self._optimizers: list[Optimizer] = []
         self._kept: dict[str, Any] = {}
@@ -217,23 +228,34 @@ class Job:
         self._loop.commit()
 
     def _replicas_of(self, optimizer: Optimizer) -> list[Replica]:
-        """The replicas that own the optimizer's parameters. Raises AdoptError PL304 for a parameter that nobody owns."""
-        assert self._stepper is not None or self.size == 1
+        """The replicas that own the optimizer's parameters, looked up anew when the answer may have changed: the
+        optimizer was given more parameters, or one that was frozen at adoption needs a gradient now."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._owners.get(optimizer)
+        if known is None or known.count != count or any(p.requires_grad for p in known.frozen):
+            known = self._owners[optimizer] = self._find_owners(optimizer, count)
+        return known.replicas
+
+    def _find_owners(self, optimizer: Optimizer, count: int) -> _Owners:
+        """Raises AdoptError PL304 for a parameter that needs a gradient and that nobody owns."""
         replicas = self._stepper.replicas if self._stepper is not None else []
         found: dict[int, Replica] = {}
+        frozen: list[Tensor] = []
         for number, group in enumerate(optimizer.param_groups):
             for position, p in enumerate(group["params"]):
                 owner = next((r for r in replicas if p in r.names), None)
                 if owner is not None:
                     found[id(owner)] = owner
-                elif p.requires_grad:
+                elif p.requires_grad and self.size > 1:
                     raise AdoptError(
                         "PL304",
                         f"{type(optimizer).__name__}: parameter {position} of group {number}, shape {tuple(p.shape)}, "
                         "needs a gradient and belongs to no adopted model (or was frozen when it was adopted)",
                         help="adopt the module that owns it; parameters to be unfrozen later must need gradients at job.adopt.",
                     )
-        return list(found.values())
+                elif self.size > 1:
+                    frozen.append(p)
+        return _Owners(list(found.values()), count, frozen)
 
     # ---- data -----------------------------------------------------------------------------------------------------
     def _own_loader(self, loader: DataLoader[Any]) -> Feed:

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from paceline.launch import tuning
+from turns import Others
 
 HERE = Path(__file__).parent
 PEER = str(HERE / "peer.py")
@@ -65,6 +66,7 @@ class Column:
 DDP = Column("torchrun + DDP", "ddp")
 DDP_TUNED = Column("torchrun + DDP, our settings", "ddp", tuned=True)
 PACELINE = Column("paceline", "paceline")
+PACELINE_SHARED = Column("paceline, params=shared", "paceline", strategy="ddp(params=shared)")
 
 
 def run(column: Column, processes: int, *arguments: str, timeout: float = 180, tries: int = 3) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _run_once(column: Column, processes: int, arguments: tuple[str, ...], timeou
 
 def execute(command: list[str], environment: Mapping[str, str], out: Path, timeout: float) -> dict[str, Any]:
     """Run `command` and read the JSON that it leaves at `out`."""
-    started = time.monotonic()
+    others, started = Others(), time.monotonic()
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:
@@ -105,7 +107,7 @@ def execute(command: list[str], environment: Mapping[str, str], out: Path, timeo
             said.seek(0)
             raise RuntimeError(f"{' '.join(command)}\nexit status {status}\n{said.read()[-4000:]}")
     result: dict[str, Any] = json.loads(out.read_text())
-    return {**result, "started_at": started}
+    return {**result, "started_at": started, "others_cores": others.cores()}
 
 
 @contextmanager

@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from launchers import DDP, PACELINE, PEER, Column, background, execute
 from report import Bar, machine, median, show, write
+from turns import Result, counting, quiet, take_turns
 from workloads import WORKLOADS
 
 NOT_SLOWER = 1.0
@@ -76,19 +77,16 @@ def main(argv: list[str] | None = None) -> int:
     here, rows, bars = machine(), [], []
     with _two_machines(args.rate) as sides:
         for workload in ("gpt10m",) if args.quick else ("digits", "mlp25m", "gpt10m"):
-            measured: dict[str, list[dict[str, Any]]] = {DDP.name: [], PACELINE.name: []}
-            for _ in range(rounds):
-                for column in (DDP, PACELINE):
-                    measured[column.name].append(_run(column, workload, sides))
-            speeds = {name: median([r["samples_per_second"] for r in results]) for name, results in measured.items()}
-            for name, results in measured.items():
-                sent = median([r["megabytes_per_step"] for r in results])
-                row = {"workload": workload, "peer": name, "rate": args.rate, "samples_per_second": speeds[name]}
-                ratio = speeds[name] / speeds[DDP.name]
-                rows.append({**row, "ratio": ratio, "MB per step": sent, "repetitions": results})
-            bars.append(Bar(f"{workload} at {args.rate}", NOT_SLOWER, speeds[PACELINE.name] / speeds[DDP.name]))
+            turns = (partial(_run, column, workload, sides) for column in (DDP, PACELINE))
+            both = take_turns(rounds, *turns)
+            speeds = [median([r["samples_per_second"] for r in counting(results)]) for results in both]
+            for column, results, speed in zip((DDP, PACELINE), both, speeds, strict=True):
+                row = {"workload": workload, "peer": column.name, "rate": args.rate, "samples_per_second": speed}
+                row |= {"ratio": speed / speeds[0], "MB per step": median([r["megabytes_per_step"] for r in results])}
+                rows.append({**row, "quiet runs": f"{len(quiet(results))} of {len(results)}", "repetitions": results})
+            bars.append(Bar(f"{workload} at {args.rate}", NOT_SLOWER, speeds[1] / speeds[0]))
     path = write("network", here, rows, bars)
-    columns = ("workload", "peer", "rate", "samples_per_second", "ratio", "MB per step")
+    columns = ("workload", "peer", "rate", "samples_per_second", "ratio", "MB per step", "quiet runs")
     show("Two machines, samples per second", rows, columns, bars, path)
     return 0
 
@@ -129,7 +127,7 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-def _run(column: Column, workload: str, sides: tuple[Side, Side]) -> dict[str, Any]:
+def _run(column: Column, workload: str, sides: tuple[Side, Side]) -> Result:
     """One run over both machines, each with half of the cores. Both peers get the same settings."""
     first, second = sides
     threads = max(1, len(os.sched_getaffinity(0)) // 2)

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launchers import DDP, PACELINE, PEER, run
+from launchers import DDP, PACELINE, PEER, Column, run
 from report import Bar, machine, median, show, write
+from turns import Result, counting, quiet, take_turns
 
 CLI = (sys.executable, "-m", "paceline.launch.cli")
 AT_LEAST_AS_QUICK = 1.0
@@ -34,21 +36,24 @@ def main(argv: list[str] | None = None) -> int:
     rows.append(_row("paceline run: first line", 2, [_first_line() for _ in range(rounds)]))
     bars = []
     for size in sizes:
-        seconds: dict[str, list[float]] = {DDP.name: [], PACELINE.name: []}
-        for _ in range(rounds):
-            for column in (DDP, PACELINE):
-                result = run(column, size, "--workload", "digits", "--first-step")
-                seconds[column.name].append(result["first_step_at"] - result["started_at"])
-        rows += [_row(f"{name}: first step", size, times) for name, times in seconds.items()]
-        ratio = median(seconds[DDP.name]) / median(seconds[PACELINE.name])
+        theirs, ours = take_turns(rounds, *(partial(_first_step, column, size) for column in (DDP, PACELINE)))
+        for column, results in ((DDP, theirs), (PACELINE, ours)):
+            rows.append(_row(f"{column.name}: first step", size, [r["first_step"] for r in counting(results)]))
+            rows[-1] |= {"quiet runs": f"{len(quiet(results))} of {len(results)}"}
+        ratio = rows[-2]["seconds"] / rows[-1]["seconds"]
         bars.append(Bar(f"first step with {size} processes, against {DDP.name}", AT_LEAST_AS_QUICK, ratio))
     path = write("start", here, rows, bars)
-    show("Start, seconds", rows, ("what", "processes", "seconds"), bars, path)
+    show("Start, seconds", rows, ("what", "processes", "seconds", "quiet runs"), bars, path)
     return 0
 
 
 def _row(what: str, processes: int, times: list[float]) -> dict[str, Any]:
     return {"what": what, "processes": processes, "seconds": median(times), "repetitions": times}
+
+
+def _first_step(column: Column, size: int) -> Result:
+    result = run(column, size, "--workload", "digits", "--first-step")
+    return {**result, "first_step": result["first_step_at"] - result["started_at"]}
 
 
 def _help() -> float:

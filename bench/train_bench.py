@@ -2,22 +2,25 @@
 
     python bench/train_bench.py [--quick] [--rounds 5] [--workload digits] [--processes 2 4]
 
-Peers take turns (A-B-C-A-B-C), so that a busy moment of the machine hits all of them; what counts is the median. DDP has
+Peers take turns (A-B-C-A-B-C), so that a busy moment of the machine hits all of them; what counts is the median of the runs
+during which nobody else used the machine, and the table says how many these were. DDP has
 two columns: as torchrun starts it, and with the threads and malloc settings that our launcher gives, which is the fair
-comparison of the exchange alone.
+comparison of the exchange alone. Paceline has two as well: as it comes, and with one copy of parameters and optimizer state.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
-from launchers import DDP, DDP_TUNED, PACELINE, Column, run
+from launchers import DDP, DDP_TUNED, PACELINE, PACELINE_SHARED, Column, run
 from report import Bar, machine, median, show, write
+from turns import Result, counting, quiet, take_turns
 from workloads import WORKLOADS
 
-COLUMNS = (DDP, DDP_TUNED, PACELINE)
+THEIRS, OURS = (DDP, DDP_TUNED), (PACELINE, PACELINE_SHARED)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,30 +36,41 @@ def main(argv: list[str] | None = None) -> int:
     here, rows, bars = machine(), [], []
     for workload in args.workload:
         for size in sizes:
-            measured = _take_turns(workload, size, rounds)
+            measured = _measure(workload, size, rounds)
             rows += _rows(workload, size, measured)
             bars += _bars(workload, size, measured)
     path = write("train", here, rows, bars)
-    columns = ("workload", "processes", "peer", "samples_per_second", "ratio", "of our settings", "crashes")
+    columns = (
+        "workload",
+        "processes",
+        "peer",
+        "samples_per_second",
+        "ratio",
+        "of our settings",
+        "quiet runs",
+        "crashes",
+    )
     show("Training, samples per second", rows, columns, bars, path)
     return 0
 
 
-def _take_turns(workload: str, size: int, rounds: int) -> dict[Column, list[dict[str, Any]]]:
-    measured: dict[Column, list[dict[str, Any]]] = {column: [] for column in COLUMNS}
-    for number in range(rounds):
-        for column in COLUMNS:
-            measured[column].append(run(column, size, "--workload", workload))
-            speed = measured[column][-1]["samples_per_second"]
-            print(f"{workload} n={size} round {number + 1}/{rounds} {column.name}: {speed:,.1f}/s", file=sys.stderr)
-    return measured
+def _measure(workload: str, size: int, rounds: int) -> dict[Column, list[Result]]:
+    columns = (*THEIRS, *OURS)
+    return dict(zip(columns, take_turns(rounds, *(partial(_once, c, workload, size) for c in columns)), strict=True))
 
 
-def _speed(results: list[dict[str, Any]]) -> float:
-    return median([result["samples_per_second"] for result in results])
+def _once(column: Column, workload: str, size: int) -> Result:
+    result = run(column, size, "--workload", workload)
+    told = f"{result['samples_per_second']:,.1f}/s, others used {result['others_cores']} cores"
+    print(f"{workload} n={size} {column.name}: {told}", file=sys.stderr)
+    return result
 
 
-def _rows(workload: str, size: int, measured: dict[Column, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _speed(results: list[Result]) -> float:
+    return median([result["samples_per_second"] for result in counting(results)])
+
+
+def _rows(workload: str, size: int, measured: dict[Column, list[Result]]) -> list[dict[str, Any]]:
     plain, tuned = _speed(measured[DDP]), _speed(measured[DDP_TUNED])
     return [
         {
@@ -66,6 +80,7 @@ def _rows(workload: str, size: int, measured: dict[Column, list[dict[str, Any]]]
             "samples_per_second": _speed(results),
             "ratio": _speed(results) / plain,
             "of our settings": _speed(results) / tuned,
+            "quiet runs": f"{len(quiet(results))} of {len(results)}",
             "crashes": sum(result["crashes"] for result in results),
             "repetitions": results,
         }
@@ -73,11 +88,15 @@ def _rows(workload: str, size: int, measured: dict[Column, list[dict[str, Any]]]
     ]
 
 
-def _bars(workload: str, size: int, measured: dict[Column, list[dict[str, Any]]]) -> list[Bar]:
-    ours, least = _speed(measured[PACELINE]), WORKLOADS[workload].bar
+def _bars(workload: str, size: int, measured: dict[Column, list[Result]]) -> list[Bar]:
     return [
-        Bar(f"{workload}, {size} processes, against {column.name}", least, ours / _speed(measured[column]))
-        for column in (DDP, DDP_TUNED)
+        Bar(
+            f"{workload}, {size} processes: {ours.name} against {theirs.name}",
+            WORKLOADS[workload].bar,
+            _speed(measured[ours]) / _speed(measured[theirs]),
+        )
+        for ours in OURS
+        for theirs in THEIRS
     ]
 
 

@@ -43,7 +43,8 @@ def _compare(expected: Path, got: Path) -> None:
 
 
 def _ends(run: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for f in sorted((run / "events").glob("rank*.jsonl")) for line in f.open()]
+    files = sorted((run / "events").glob("rank*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [line for line in lines if line["kind"] == "end"]
 
 

@@ -19,7 +19,7 @@ from paceline.group import arena
 from paceline.group.shm_wire import ShmWire
 from paceline.group.wire import AllGather, AllReduce, Receive, Request, Send
 from paceline.terms.activity import Board, Phase
-from paceline.terms.errors import PacelineError
+from paceline.terms.errors import PacelineError, PeerLost
 from support.peers import Mark, Peer, outcome, run_peers
 
 CPU = torch.device("cpu")

@@ -49,7 +49,7 @@ def script(job: Any, make: Any, options: dict[str, Any], *, stop: int | None = N
 
 # Lazily drawing samplers in workers are prefetched; then draws of other loaders in between cannot be told apart.
 IN_MAIN = [name for name in LOADERS if name != "less than a batch"]
-IN_WORKERS = ["shuffled", "own generator", "keyed", "iterable", "no batching"]
+IN_WORKERS = ["shuffled", "own generator", "own generator, full batches", "keyed", "iterable", "no batching"]
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])
@@ -187,6 +187,7 @@ def test_a_position_past_the_end_is_refused() -> None:
     ("loader", "other"),
     [
         (DataLoader(Rows(23), batch_size=5), DataLoader(Rows(23), batch_size=5, sampler=list(range(22, -1, -1)))),
+        (DataLoader(Rows(23), batch_size=5), DataLoader(Rows(23), 5, sampler=[4, 3, 2, 1, 0, *range(5, 23)])),
         (DataLoader(Stream(23), batch_size=5), DataLoader(Stream(23), batch_size=4)),
         (DataLoader(Stream(23), batch_size=5), DataLoader(Stream(4), batch_size=5)),
     ],

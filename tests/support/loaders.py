@@ -96,6 +96,7 @@ LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
     "single rows": lambda **o: DataLoader(Rows(7), batch_size=1, shuffle=True, **o),
     "less than a batch": lambda **o: DataLoader(Rows(3), batch_size=64, shuffle=True, **o),
     "own generator": lambda **o: DataLoader(Rows(N), batch_size=5, shuffle=True, generator=fresh(5), **o),
+    "own generator, full batches": lambda **o: DataLoader(Rows(20), 5, shuffle=True, generator=fresh(5), **o),
     "with replacement": lambda **o: DataLoader(Rows(N), 5, sampler=RandomSampler(Rows(N), True, 70, fresh(2)), **o),
     "more than once": lambda **o: DataLoader(Rows(N), 5, sampler=RandomSampler(Rows(N), num_samples=60), **o),
     "weighted": lambda **o: DataLoader(Rows(N), 5, sampler=WeightedRandomSampler(range(1, N + 1), 31), **o),
@@ -128,3 +129,9 @@ class Chunks(IterableDataset[torch.Tensor]):
 
 def rows_of(batch: Any) -> list[int]:
     return (batch[0] if isinstance(batch, (list, tuple)) else batch).tolist()
+
+
+def noisy_collate(rows: list[int]) -> torch.Tensor:
+    random.random()  # draws that depend on the number of rows, and so on the rank
+    torch.rand(len(rows))
+    return torch.tensor(rows)

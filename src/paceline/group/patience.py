@@ -19,7 +19,7 @@ from paceline.terms.activity import Activity, Board
 from paceline.terms.errors import Aborted, PeerLost, WireError
 
 PID, LEFT = 1, 2  # words of a control page: process id, and whether the rank has closed its wire
-QUICK_NS = 200_000  # how long a rank looks before it sleeps: a few times a sleep and a wake
+QUICK_NS = 50_000  # how long a rank looks before it sleeps: about what a sleep and a wake cost
 CROWDED_NS = 500_000  # a yield that lasts longer went to somebody who computes
 _SHY = 64  # waits without quick looks after one of these; see Note [quick looks] in kernel.c
 _MASK = (1 << 62) - 1

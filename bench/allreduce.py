@@ -3,9 +3,10 @@
     python bench/allreduce.py [--ranks 2 4] [--repeat 30] [--check]
 
 For each number of ranks, fresh processes run all candidates in turn, in one loop, so that a busy machine is busy for all of
-them. A sample is the time of the slowest rank for a short burst of operations, divided by their number; medians are printed
-with their ratio to gloo and written to ``bench/results/allreduce.json``. With ``--check`` the exit status is 1 unless the
-wire with its kernel is five times as fast as gloo at every size.
+them. A sample is the time of the slowest rank for a short burst of operations, divided by their number. Medians and the share
+of the machine that other processes used meanwhile are printed, and written to ``bench/results/allreduce.json`` with the
+ratios to gloo. With ``--check`` the exit status is 1 unless the wire with its kernel is five times as fast as gloo at every
+size.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -146,6 +148,18 @@ def _cpuinfo() -> list[str]:
         return []
 
 
+def cpu_seconds_of_others() -> float:
+    """CPU time used so far by everybody but our children; only differences mean something. 0 where it is not known."""
+    try:
+        ticks = [int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, interrupt, soft, steal = ticks[:8]
+    ours = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = (user + nice + system + interrupt + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - ours.ru_utime - ours.ru_stime
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
@@ -163,17 +177,21 @@ def main() -> int:
         print(error)
         kernels = ["pure"]
     about, rows = machine(len(kernels) == 2), []
-    print(f"{about}\n{'ranks':>5} {'size':>7} " + " ".join(f"{name:>14}" for name in CANDIDATES[-len(kernels) - 1 :]))
+    print(f"{about}\n{'ranks':>5} {'size':>7} " + " ".join(f"{name:>18}" for name in CANDIDATES[-len(kernels) - 1 :]))
     for size in arguments.ranks:
-        for label, samples in run(size, arguments.repeat, kernels).items():
+        begin, others = time.monotonic(), cpu_seconds_of_others()
+        by_label = run(size, arguments.repeat, kernels)
+        foreign = (cpu_seconds_of_others() - others) / (time.monotonic() - begin) / len(os.sched_getaffinity(0))
+        about[f"others, {size} ranks"] = round(foreign, 3)
+        for label, samples in by_label.items():
             row = summary(size, label, dict(zip(CANDIDATES[-len(samples) :], samples, strict=True)))
             rows.append(row)
-            print(f"{size:5} {label:>7} " + " ".join(f"{show(row, name):>14}" for name in row["median_us"]), flush=True)
+            print(f"{size:5} {label:>7} " + " ".join(f"{show(row, name):>18}" for name in row["median_us"]))
+        print(f"      others used {foreign:.0%} of the machine", flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     result = {"command": " ".join(["python", *sys.argv]), "machine": about, "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    missed = [row for row in rows if min(row["times_gloo"].values()) < BAR] if arguments.check else []
-    return 1 if missed or (arguments.check and len(kernels) == 1) else 0
+    return 1 if arguments.check and any(row["times_gloo"].get(CANDIDATES[0], 0.0) < BAR for row in rows) else 0
 
 
 def summary(size: int, label: str, samples: dict[str, list[float]]) -> dict[str, Any]:
@@ -183,14 +201,14 @@ def summary(size: int, label: str, samples: dict[str, list[float]]) -> dict[str,
         "nbytes": SIZES[label],
         "median_us": {name: round(value, 2) for name, value in medians.items()},
         "best_us": {name: round(min(values) * 1e6, 2) for name, values in samples.items()},
-        "times_gloo": {name: round(medians["gloo"] / medians[name], 2) for name in medians if name == CANDIDATES[0]},
-        "python_times_gloo": round(medians["gloo"] / medians[CANDIDATES[1]], 2),
+        "times_gloo": {name: round(medians["gloo"] / value, 2) for name, value in medians.items()},
     }
 
 
 def show(row: dict[str, Any], name: str) -> str:
     value = row["median_us"][name]
-    return f"{value:8.1f} us" if value < 10_000 else f"{value / 1000:8.1f} ms"
+    text = f"{value:.1f} us" if value < 10_000 else f"{value / 1000:.1f} ms"
+    return text if name == CANDIDATES[-1] else f"{text} {row['times_gloo'][name]:5.1f}x"
 
 
 if __name__ == "__main__":

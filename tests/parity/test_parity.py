@@ -69,6 +69,22 @@ def test_same_parameters_as_one_process(model: str, n: int, expected: dict[str, 
     shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.parametrize("strategy", ["ddp()", "ddp(params=shared)"])
+def test_divided_optimizer_step(strategy: str, tmp_path: Path) -> None:
+    """Each rank steps a stretch of the parameters; parameters and the whole optimizer state are those of one process."""
+    want, out = tmp_path / "want", tmp_path / "out"
+    want.mkdir()
+    out.mkdir()
+    script = ("wide", "--settings", "clip", "accumulate", "tokens", "--steps", "20")
+    plain = run_python(CASE, *script, "--out", want, cwd=tmp_path, timeout=120)
+    assert plain.returncode == 0, plain.stderr
+    arguments = ("--strategy", strategy, "--run-dir", tmp_path / "run", "--", *script, "--out", out)
+    done = run_paceline("run", CASE, "-n", "3", *arguments, cwd=tmp_path, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _compare(want, out)
+    assert len({end["hash"] for end in _ends(tmp_path / "run")}) == 1
+
+
 @pytest.mark.parametrize("strategy", ["ddp(params='shared')", "ddp(bucket_mb=0.001)"])
 @pytest.mark.parametrize("setting", ["clip", "accumulate"])
 def test_variants_of_ddp(strategy: str, setting: str, expected: dict[str, Path], tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ def cnn():
 def build(name):
     if name == "mlp":
         return nn.Sequential(nn.Linear(64, 33), nn.Tanh(), nn.Linear(33, 17), nn.ReLU(), nn.Linear(17, 10))
+    if name == "wide":  # enough elements for the optimizer's step to be divided between ranks
+        return nn.Sequential(nn.Linear(64, 1100), nn.Tanh(), nn.Linear(1100, 1000), nn.Tanh(), nn.Linear(1000, 10))
     if name == "cnn":
         return cnn().to(memory_format=torch.channels_last)
     return Gpt() if name == "gpt" else HuggingFace()
@@ -84,7 +86,7 @@ def data(name, dtype, rows=137):
         tokens = torch.randint(1, 61, (rows, 12), generator=g)
         lengths = torch.randint(3, 13, (rows,), generator=g)
         return TensorDataset(tokens.where(torch.arange(12) < lengths[:, None], 0))
-    shape = (rows, 64) if name == "mlp" else (rows, 1, 8, 8)
+    shape = (rows, 64) if name in ("mlp", "wide") else (rows, 1, 8, 8)
     return TensorDataset(torch.randn(shape, generator=g).to(dtype), torch.randint(10, (rows,), generator=g))
 
 
@@ -151,21 +153,28 @@ def train(job, name, steps, optimizer, clip=0.0, accumulate=1, tokens=False, set
             done += 1
             if done == steps:
                 break
-    return model
+    return model, opt
+
+
+def result(model, opt):
+    """Weights and the optimizer's whole state, by name."""
+    states = opt.state_dict()["state"]
+    state = {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in states.items() for k, v in s.items() if v is not None}
+    return {**model.state_dict(), **state}
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", choices=["mlp", "cnn", "gpt", "hf"])
+    parser.add_argument("model", choices=["mlp", "cnn", "gpt", "hf", "wide"])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     job = paceline.job()
     for setting in args.settings:
-        model = train(job, args.model, args.steps, **SETTINGS[setting])
+        model, opt = train(job, args.model, args.steps, **SETTINGS[setting])
         if job.main:
-            torch.save(model.state_dict(), args.out / f"{setting}.pt")
+            torch.save(result(model, opt), args.out / f"{setting}.pt")
 
 
 if __name__ == "__main__":

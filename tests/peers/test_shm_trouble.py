@@ -18,7 +18,7 @@ import torch
 from paceline.group import arena
 from paceline.group.shm_wire import ShmWire
 from paceline.group.wire import AllGather, AllReduce, Receive, Request, Send
-from paceline.terms.activity import Board, Phase
+from paceline.terms.activity import Board, Phase, Snapshot
 from paceline.terms.errors import PacelineError, PeerLost
 from support.peers import Mark, Peer, outcome, run_peers
 
@@ -95,15 +95,19 @@ def until_waiting(mark: Mark, rank: int, deadline_s: float = 30.0) -> None:
 )
 def test_the_death_of_a_peer_is_noticed(what: str, kernel: str) -> None:
     killed: list[float] = []
+    boards: list[Snapshot] = []
 
     def kill(mark: Mark) -> None:
         until_waiting(mark, 0)
+        boards.append(mark.board.read(0))
         killed.append(time.monotonic())
         mark.kill(1)
 
     size = 3 if what == "small" else 2
     results = run_peers(wait_for_rank_1, size, kernel=kernel, what=what, on_mark=kill)
     assert results[1] is None
+    if what == "barrier":
+        assert (boards[0].phase, boards[0].what, boards[0].operation) == (Phase.WAIT, "barrier at the end", 2)
     for rank in set(range(size)) - {1}:
         assert (results[rank]["error"], results[rank]["code"]) == ("PeerLost", "PL403")
         assert "rank 1 died" in results[rank]["message"] or "closed" in results[rank]["message"]

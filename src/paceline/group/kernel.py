@@ -100,11 +100,10 @@ def load(cache_dir: Path | None = None, compilers: Sequence[str] = COMPILERS) ->
     """
     compiler, version = _find(compilers)
     try:
-        directory = _private(cache_dir or Path.home() / ".cache" / "paceline")
-    except (OSError, RuntimeError):  # no home, or one that cannot be written or trusted
+        return _open(_build(compiler, version, _private(cache_dir or _home() / ".cache" / "paceline")))
+    except OSError:  # no home, or one that cannot be written, locked or trusted: a library for this process alone
         with tempfile.TemporaryDirectory(prefix="paceline-kernel-") as temporary:
             return _open(_build(compiler, version, Path(temporary)))
-    return _open(_build(compiler, version, directory))
 
 
 def _find(compilers: Sequence[str]) -> tuple[str, bytes]:
@@ -116,6 +115,13 @@ def _find(compilers: Sequence[str]) -> tuple[str, bytes]:
             continue
         return name, answer.stdout
     raise _unavailable(f"there is no C compiler here (tried {', '.join(compilers)})")
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home") from error
 
 
 def _private(directory: Path) -> Path:

@@ -292,12 +292,12 @@ def _padded(numel: int) -> int:
 
 def _view_like(flat: Tensor, offset: int, p: Tensor) -> Tensor:
     """The part of `flat` for `p`, in the memory layout of `p` where that is dense (channels_last keeps its strides)."""
-    if p.is_contiguous() or not _dense(p):
+    if p.is_contiguous() or not dense(p):
         return flat[offset : offset + p.numel()].view(p.shape)
     return flat.as_strided(p.shape, p.stride(), flat.storage_offset() + offset)
 
 
-def _dense(p: Tensor) -> bool:
+def dense(p: Tensor) -> bool:
     """True when the elements of `p` fill a piece of memory without gaps or overlap, in whatever order."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n > 1):

@@ -30,10 +30,10 @@ from paceline.terms.plan import Place
 from paceline.train import adopt as adoption
 from paceline.train import state
 from paceline.train.counters import Counters
+from paceline.train.divided import DividedStep, worthwhile
 from paceline.train.ledger import Ledger
 from paceline.train.loop import Loop
 from paceline.train.plain import Diary, PlainLoader
-from paceline.train.shared import SharedParameters
 from paceline.train.step import Stepper
 
 
@@ -62,7 +62,7 @@ class Job:
         self._exchange: Exchange | None = None
         self._wire: Wire | None = None
         self._stepper: Stepper | None = None
-        self._shared: dict[Optimizer, SharedParameters] = {}
+        self._divided: dict[Optimizer, DividedStep] = {}
         self._owners: dict[Optimizer, _Owners] = {}
         self._models: dict[str, nn.Module] = {}
         self._optimizers: list[Optimizer] = []
@@ -204,24 +204,31 @@ class Job:
     def _own_step(self, optimizer: Optimizer) -> None:
         if self.size > 1:
             self._replicas_of(optimizer)
-            assert self._exchange is not None
-            assert self._wire is not None
-            if self._exchange.params == "shared":
-                self._shared[optimizer] = SharedParameters(optimizer, self._wire, self._activity)
+            self._divide(optimizer)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+
+    def _divide(self, optimizer: Optimizer) -> None:
+        assert self._exchange is not None
+        assert self._wire is not None
+        shared = self._exchange.params == "shared"
+        if shared or worthwhile(optimizer, self._wire):
+            part, parts = self._place.local_rank, self._place.local_size
+            self._divided[optimizer] = DividedStep(
+                optimizer, self._wire, self._activity, part=part, parts=parts, shared=shared
+            )
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
             raise StepError("PL302", f"{type(optimizer).__name__}.step was given a closure")
         if self._stepper is not None:
             self._stepper.owe(self._replicas_of(optimizer))
-        if optimizer in self._shared:
-            self._shared[optimizer].before_step()
+        if optimizer in self._divided:
+            self._divided[optimizer].before_step()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer in self._shared:
-            self._shared[optimizer].after_step()
+        if optimizer in self._divided:
+            self._divided[optimizer].after_step()
         if self._stepper is not None:
             for replica in self._replicas_of(optimizer):
                 replica.exchanges = 0
@@ -441,8 +448,6 @@ class Job:
             self._loop.finish()
             whole = error is None or isinstance(error, Stopped)
             self._sink(Event("end", self._loop.steps, self._final_state() if whole else {"ok": False}))
-        for shared in self._shared.values():
-            shared.close()
         if self._stepper is not None:
             self._stepper.close()
         if self._wire is not None:

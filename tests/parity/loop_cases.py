@@ -5,6 +5,7 @@ Every case returns tensors and numbers that plain `python` and `paceline run` mu
 
 import argparse
 import copy
+import itertools
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def loader(batch=11, n=ROWS, **kwargs):
 
 
 def net(*sizes):
-    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())]
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers[:-1])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from pathlib import Path
 
@@ -94,15 +93,16 @@ GLOBALS = """
     sched = torch.optim.lr_scheduler.StepLR(opt, step_size=2, gamma=0.5)
     data = DataLoader(TensorDataset(torch.randn(50, 3)), batch_size=12)
     model, opt, sched, data = job.adopt(model, opt, sched, data)
-    rows = 0
-    for epoch in job.epochs(2):
+    for epoch in range(2):
         for (x,) in data:
-            rows += len(x)
+            job.count(rows=len(x))
             opt.zero_grad(); model(x).mean().backward(); opt.step(); sched.step()
     if job.main:
         c = job.clock
         print(f"batches {len(data)} steps {c.step} samples {c.samples} lr {opt.param_groups[0]['lr']:.6f}")
-    print(f"rows of one rank: {rows}")
+    job.count(one=1 if job.main else 0)
+    rows = job.ratio("rows", "one")
+    print(f"rows of all ranks {rows:g}")
 """
 
 
@@ -110,16 +110,7 @@ def test_2_batch_steps_epochs_and_learning_rate_are_global(tmp_path: Path) -> No
     for n in (1, 3):
         text = _run(tmp_path, GLOBALS, n)
         assert "batches 5 steps 10 samples 100 lr 0.003125" in text
-        assert sum(int(r) * _ranks(label) for label, r in re.findall(r"(.*)rows of one rank: (\d+)", text)) == 100
-
-
-def _ranks(label: str) -> int:
-    """How many ranks printed a folded line: `[0-2]`, `[0,2]`, `[1]`, or nothing for a single process."""
-    found = re.search(r"\[([\d,-]+)\]", label)
-    if not found:
-        return 1
-    parts = [part.split("-") for part in found.group(1).split(",")]
-    return sum(int(part[-1]) - int(part[0]) + 1 for part in parts)
+        assert "rows of all ranks 100\n" in text
 
 
 GRADIENT = """

@@ -60,6 +60,8 @@ class Console:
             self.output(rank, text, "stderr")
         if report["kind"] == "adopt" and rank == 0:
             self.say([f"strategy {report.get('strategy')} · wire {report.get('wire')}"])
+            if report.get("strategy") != "ddp()":  # what differs from the usual is spelled out
+                self.say([f"  {line}" for line in str(report.get("describe")).splitlines()])
 
     def beat(self, snapshots: Sequence[Snapshot], now: float) -> None:
         self._snapshots = snapshots

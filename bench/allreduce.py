@@ -37,7 +37,8 @@ from paceline.terms.errors import WireError
 
 RESULTS = Path(__file__).parent / "results" / "allreduce.json"
 SIZES = {"4 KB": 4 << 10, "1 MB": 1 << 20, "16 MB": 16 << 20, "100 MB": 100 << 20}
-BURSTS = {"4 KB": 50, "1 MB": 20, "16 MB": 4, "100 MB": 2}
+BURSTS = {"4 KB": 50, "1 MB": 20, "16 MB": 6, "100 MB": 3}
+WARM = 2
 CANDIDATES = ("shm, C", "shm, Python", "gloo")
 BAR = 5.0
 Operation = Callable[[], object]
@@ -85,16 +86,18 @@ def gloo_operation(nbytes: int) -> Operation:
 
 
 def measure(operations: list[Operation], meet: Operation, repeat: int, burst: int) -> list[list[float]]:
-    """Seconds an operation, by operation and sample; the first samples warm up and are not kept."""
+    """Seconds an operation, by operation and sample. Each burst begins with a few operations that are not counted: the
+    candidate before it has left the caches full of its own buffers."""
     samples: list[list[float]] = [[] for _ in operations]
-    for turn in range(repeat + 3):
+    for _ in range(repeat):
         for operation, kept in zip(operations, samples, strict=True):
             meet()
+            for _ in range(WARM):
+                operation()
             begin = time.perf_counter()
             for _ in range(burst):
                 operation()
-            if turn >= 3:
-                kept.append((time.perf_counter() - begin) / burst)
+            kept.append((time.perf_counter() - begin) / burst)
     return samples
 
 

@@ -134,6 +134,13 @@ def test_every_code_is_explained() -> None:
     assert not [code for code in EXPLANATIONS if not CODE.fullmatch(code)]
 
 
+def test_no_page_and_no_source_names_a_machine_or_leaves_work_for_later() -> None:
+    unwanted = re.compile(r"/(root|home|Users|work)/|pypi\.org|pythonhosted|\b(TODO|FIXME|XXX|HACK)\b")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    others = [ROOT / name for name in listed if ROOT / name != Path(__file__) and (ROOT / name).is_file()]
+    assert not [_short(path) for path in others if unwanted.search(path.read_text("utf-8"))]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that ``pip install .`` would build, made by the same backend."""

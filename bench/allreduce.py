@@ -184,7 +184,7 @@ def main() -> int:
     for size in arguments.ranks:
         begin, others = time.monotonic(), cpu_seconds_of_others()
         by_label = run(size, arguments.repeat, kernels)
-        foreign = (cpu_seconds_of_others() - others) / (time.monotonic() - begin) / len(os.sched_getaffinity(0))
+        foreign = max(0.0, cpu_seconds_of_others() - others) / (time.monotonic() - begin) / len(os.sched_getaffinity(0))
         about[f"others, {size} ranks"] = round(foreign, 3)
         for label, samples in by_label.items():
             row = summary(size, label, dict(zip(CANDIDATES[-len(samples) :], samples, strict=True)))

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.peers import Peer, run_peers
 from torch import Tensor, nn
 
 from paceline.exchange.simulate import simulate
@@ -15,6 +14,7 @@ from paceline.exchange.strategy import build
 from paceline.group.shm_wire import ShmWire
 from paceline.terms.plan import Place, Plan
 from paceline.train.job import Job
+from support.peers import Peer, run_peers
 
 STEPS, ROWS = 12, 8  # rows of each rank: a power of two, so that scaling by weights is exact
 

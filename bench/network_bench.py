@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         for workload in ("gpt10m",) if args.quick else ("digits", "mlp25m", "gpt10m"):
             turns = (partial(_run, column, workload, sides) for column in (DDP, PACELINE))
             both = take_turns(rounds, *turns)
-            speeds = [median([r["samples_per_second"] for r in counting(results)]) for results in both]
+            speeds = [median([r["samples_per_second"] for r in chosen]) for chosen in counting(*both)]
             for column, results, speed in zip((DDP, PACELINE), both, speeds, strict=True):
                 row = {"workload": workload, "peer": column.name, "rate": args.rate, "samples_per_second": speed}
                 row |= {"ratio": speed / speeds[0], "MB per step": median([r["megabytes_per_step"] for r in results])}

@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     rows.append(_row("paceline run: first line", 2, [_first_line() for _ in range(rounds)]))
     bars = []
     for size in sizes:
-        theirs, ours = take_turns(rounds, *(partial(_first_step, column, size) for column in (DDP, PACELINE)))
-        for column, results in ((DDP, theirs), (PACELINE, ours)):
-            rows.append(_row(f"{column.name}: first step", size, [r["first_step"] for r in counting(results)]))
-            rows[-1] |= {"quiet runs": f"{len(quiet(results))} of {len(results)}"}
+        both = take_turns(rounds, *(partial(_first_step, column, size) for column in (DDP, PACELINE)))
+        for column, results, chosen in zip((DDP, PACELINE), both, counting(*both), strict=True):
+            rows.append(_row(f"{column.name}: first step", size, [r["first_step"] for r in chosen]))
+            rows[-1] |= {"quiet runs": f"{len(quiet(results))} of {len(results)}", "repetitions": results}
         ratio = rows[-2]["seconds"] / rows[-1]["seconds"]
         bars.append(Bar(f"first step with {size} processes, against {DDP.name}", AT_LEAST_AS_QUICK, ratio))
     path = write("start", here, rows, bars)

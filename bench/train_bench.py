@@ -66,20 +66,21 @@ def _once(column: Column, workload: str, size: int) -> Result:
     return result
 
 
-def _speed(results: list[Result]) -> float:
-    return median([result["samples_per_second"] for result in counting(results)])
+def _speeds(measured: dict[Column, list[Result]]) -> dict[Column, float]:
+    chosen = counting(*measured.values())
+    return {c: median([r["samples_per_second"] for r in runs]) for c, runs in zip(measured, chosen, strict=True)}
 
 
 def _rows(workload: str, size: int, measured: dict[Column, list[Result]]) -> list[dict[str, Any]]:
-    plain, tuned = _speed(measured[DDP]), _speed(measured[DDP_TUNED])
+    speeds = _speeds(measured)
     return [
         {
             "workload": workload,
             "processes": size,
             "peer": column.name,
-            "samples_per_second": _speed(results),
-            "ratio": _speed(results) / plain,
-            "of our settings": _speed(results) / tuned,
+            "samples_per_second": speeds[column],
+            "ratio": speeds[column] / speeds[DDP],
+            "of our settings": speeds[column] / speeds[DDP_TUNED],
             "quiet runs": f"{len(quiet(results))} of {len(results)}",
             "crashes": sum(result["crashes"] for result in results),
             "repetitions": results,
@@ -89,11 +90,12 @@ def _rows(workload: str, size: int, measured: dict[Column, list[Result]]) -> lis
 
 
 def _bars(workload: str, size: int, measured: dict[Column, list[Result]]) -> list[Bar]:
+    speeds = _speeds(measured)
     return [
         Bar(
             f"{workload}, {size} processes: {ours.name} against {theirs.name}",
             WORKLOADS[workload].bar,
-            _speed(measured[ours]) / _speed(measured[theirs]),
+            speeds[ours] / speeds[theirs],
         )
         for ours in OURS
         for theirs in THEIRS

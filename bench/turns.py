@@ -37,9 +37,13 @@ def quiet(results: list[Result]) -> list[Result]:
     return [result for result in results if result["others_cores"] < limit]
 
 
-def counting(results: list[Result]) -> list[Result]:
-    """The runs whose median counts: the quiet ones, or all where there is none."""
-    return quiet(results) or results
+def counting(*columns: list[Result]) -> list[list[Result]]:
+    """For each column the runs whose median counts: the quiet ones, or all of all columns where one of them has none.
+
+    Never quiet runs of one against disturbed runs of another.
+    """
+    chosen = [quiet(column) for column in columns]
+    return chosen if all(chosen) else list(columns)
 
 
 def take_turns(rounds: int, *turns: Callable[[], Result]) -> list[list[Result]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from launchers import DDP, PACELINE, PEER, Column, background, execute
 from report import Bar, machine, median, show, write
-from turns import Result, counting, quiet, take_turns
+from turns import Others, Result, counting, quiet, take_turns
 from workloads import WORKLOADS
 
 NOT_SLOWER = 1.0
@@ -134,11 +134,14 @@ def _run(column: Column, workload: str, sides: tuple[Side, Side]) -> Result:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         out = Path(name) / "result.json"
         environment = column.environment(1) | {"OMP_NUM_THREADS": str(threads)}
-        before = first.bytes_sent()
+        before, others = first.bytes_sent(), Others()
         there = second.wrap(_torchrun(column, workload, first.address, 1, out))
         here = first.wrap(_torchrun(column, workload, first.address, 0, out))
         with background(there, environment):
             result = execute(here, environment, out, timeout=180)
+        result["others_cores"] = others.cores()  # now that the other side has ended, it counts as ours
+    told = f"{result['samples_per_second']:,.1f}/s, others used {result['others_cores']} cores"
+    print(f"{workload} {column.name}: {told}", file=sys.stderr)
     work = WORKLOADS[workload]
     steps = (work.warm_up + work.timed) * work.steps
     return {**result, "megabytes_per_step": (first.bytes_sent() - before) / steps / 1e6}

@@ -11,7 +11,6 @@ comparison of the exchange alone. Paceline has two as well: as it comes, and wit
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from functools import partial
 from typing import Any
@@ -34,12 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     rounds = args.rounds or (2 if args.quick else 5)
     sizes = args.processes or ([2] if args.quick else [2, 4])
 
-    here, rows, bars = machine(), [], []
-    for size, workload in itertools.product(sizes, args.workload):
+    here = machine()
+    for size in sizes:
+        _measure_size(size, args.workload, rounds, here)
+    return 0
+
+
+def _measure_size(size: int, workloads: list[str], rounds: int, here: dict[str, Any]) -> None:
+    rows, bars = [], []
+    for workload in workloads:
         measured = _measure(workload, size, rounds)
         rows += _rows(workload, size, measured)
         bars += _bars(workload, size, measured)
-        path = write("train", here, rows, bars)  # each time: whoever ends it early keeps what was measured
+        path = write(f"train-n{size}", here, rows, bars)  # each time: whoever ends it early keeps what was measured
     columns = (
         "workload",
         "processes",
@@ -51,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
         "crashes",
     )
     show("Training, samples per second", rows, columns, bars, path)
-    return 0
 
 
 def _measure(workload: str, size: int, rounds: int) -> dict[Column, list[Result]]:

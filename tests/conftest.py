@@ -26,6 +26,10 @@ GRACE = 5.0  # seconds that processes and threads get to finish what they have b
 PR_SET_CHILD_SUBREAPER = 36
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seeds", type=int, default=250, help="seeds of each simulated test; `make soak` takes more")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Our own temporary directory, orphans that come to us, no core files, stacks on SIGUSR1, threads that wait asleep."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())

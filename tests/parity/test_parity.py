@@ -43,7 +43,7 @@ def _compare(expected: Path, got: Path) -> None:
 
 
 def _ends(run: Path) -> list[dict[str, object]]:
-    files = sorted((run / "events").glob("rank*.jsonl"))
+    files = sorted((run / "events").glob("worker-*.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [line for line in lines if line["kind"] == "end"]
 

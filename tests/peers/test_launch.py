@@ -59,9 +59,9 @@ def test_a_script_runs_as_under_plain_python(tmp_path: Path) -> None:
     assert record["versions"]["torch"]
     assert read(run / "processes.json") == []
     assert read(run / "endpoints.json") == []
-    assert (run / "logs" / "rank0.log").read_text().startswith("__main__")
-    start = json.loads((run / "events" / "rank0.jsonl").read_text().splitlines()[0])
-    assert (start["kind"], start["name"]) == ("start", "rank0")
+    assert (run / "logs" / "worker-0.log").read_text().startswith("__main__")
+    start = json.loads((run / "events" / "worker-0.jsonl").read_text().splitlines()[0])
+    assert (start["kind"], start["name"]) == ("start", "worker-0")
 
 
 def test_ranks_get_their_place_and_no_child_of_theirs_does(tmp_path: Path) -> None:
@@ -128,15 +128,15 @@ def test_main_can_be_pickled_for_children_that_are_spawned(tmp_path: Path) -> No
 def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "full"
     (run / "logs").mkdir(parents=True)
-    (run / "logs" / "rank0.log").symlink_to("/dev/full")
-    (run / "events" / "rank0.jsonl").mkdir(parents=True)  # cannot be opened as a file
+    (run / "logs" / "worker-0.log").symlink_to("/dev/full")
+    (run / "events" / "worker-0.jsonl").mkdir(parents=True)  # cannot be opened as a file
     script = write(tmp_path, "for i in range(50): print('line', i)\n")
     done = run_paceline("run", script, "--run-dir", "full", cwd=tmp_path)
     assert done.returncode == 0, show(done)
     assert "line 49\n" in done.stdout
     told = done.stdout + done.stderr
     assert told.count("cannot be written any more (No space left on device)") == 1
-    assert told.count("the events of rank0 cannot be written") == 1
+    assert told.count("the events of worker-0 cannot be written") == 1
 
 
 def test_last_words_are_not_lost_however_long(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_an_exception_is_the_cause_and_stands_last(tmp_path: Path) -> None:
     assert "script.py:4 in divide\n      return 1 / x" in done.stderr
     assert done.stderr.rstrip().endswith("more: paceline explain PL503")
     assert "Traceback" not in done.stderr
-    faults = [json.loads(line) for line in (tmp_path / "r" / "events" / "rank1.jsonl").read_text().splitlines()]
+    faults = [json.loads(line) for line in (tmp_path / "r" / "events" / "worker-1.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in faults][-1] == "fault"
 
 
@@ -188,13 +188,13 @@ def test_ends_of_one_process(script: str, code: int, said: str, tmp_path: Path) 
 @pytest.mark.smoke
 def test_a_killed_rank_ends_the_run_within_two_seconds(tmp_path: Path) -> None:
     script = write(tmp_path, RANK + "import signal; print(f'up {rank}.'); signal.pause()\n")
-    with running(script, "-n", "3", "--run-dir", "r", cwd=tmp_path) as run:
+    with running(script, "--workers", "3", "--run-dir", "r", cwd=tmp_path) as run:
         for _ in range(3):
             run.until("up ")
         entries = read(tmp_path / "r" / "processes.json")
         assert isinstance(entries, list)
         assert [(e["name"], e["role"]) for e in entries] == [("launcher", "launcher")] + [
-            (f"rank{r}", "worker") for r in range(3)
+            (f"worker-{r}", "worker") for r in range(3)
         ]
         pids = [e["pid"] for e in entries]
         os.kill(pids[2], signal.SIGKILL)

@@ -74,7 +74,7 @@ def test_shared_memory_leaves_a_proof_and_weights(script: str, tmp_path: Path, m
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[1])["problems"] == []
     assert len(lines[2]) == 64
-    ledger = tmp_path / "runs" / "a" / "ledger" / "rank1.jsonl"
+    ledger = tmp_path / "runs" / "a" / "ledger" / "worker-1.jsonl"
     ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[1:]))
     assert main(["verify", "ledger", "a"]) == 1
     assert "PL602" in capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_c10d_without_an_open_port_of_ours(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, show(done)
     assert "strategy ddp(codec=bf16) · wire torch" in done.stdout
     endpoints = json.loads((tmp_path / "runs" / "a" / "endpoints.json").read_text())
-    assert [e["name"] for e in endpoints] == ["rank0", "rank1"]
+    assert [e["name"] for e in endpoints] == ["worker-0", "worker-1"]
     assert all(e["address"].startswith("127.0.0.1:") for e in endpoints)
 
 

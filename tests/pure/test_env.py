@@ -105,7 +105,8 @@ def test_joined(environ: dict[str, str], expected: tuple[object, ...]) -> None:
         found.local_size,
         found.store,
     ) == expected
-    assert found.name == f"rank{found.rank}"
+    assert found.name == f"worker-{found.rank}"
+    assert (found.slot, found.slots) == (found.rank, found.size)
     assert len(found.hosts) == found.size
 
 
@@ -183,9 +184,26 @@ def test_first_host(nodes: str, first: str) -> None:
 
 
 def test_ours_wins_and_comes_back_whole() -> None:
-    plan = Plan("train.py", ("--lr", "0.1"), 2, "", 7, 3, "shm", True, (("OMP_NUM_THREADS", "3"),))
+    plan = Plan("train.py", ("--lr", "0.1"), 2, "", 7, 3, "shm", True, (("OMP_NUM_THREADS", "3"),), 1, 4)
     mine = Place(
-        1, 2, 1, 2, "box", (0, 0), "rank1", "ab" * 16, Path("/tmp/run"), "paceline", 5, 6, "unix:/tmp/x/store", plan
+        1,
+        2,
+        1,
+        2,
+        "box",
+        (0, 0),
+        "worker-5",
+        "ab" * 16,
+        Path("/tmp/run"),
+        "paceline",
+        5,
+        6,
+        "unix:/tmp/x/store",
+        plan,
+        3,
+        16,
+        "unix:@coordinator",
+        10,
     )
     handoff = Handoff(mine, 42, 7, 8, True, 9)
     assert Handoff.decode(handoff.encode()) == handoff

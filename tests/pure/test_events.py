@@ -19,7 +19,7 @@ from paceline.terms.event import Event
 
 
 def writer(path: Path | None, **options: Any) -> EventWriter:
-    return EventWriter(path, name="rank0", incarnation="f" * 32, **options)
+    return EventWriter(path, name="worker-0", incarnation="f" * 32, **options)
 
 
 def strict(path: Path) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ class OnDevice:
 
 # ---- one line --------------------------------------------------------------------------------------------------------
 def test_a_line_begins_with_who_when_and_what(tmp_path: Path) -> None:
-    path = tmp_path / "events" / "rank0.jsonl"
+    path = tmp_path / "events" / "worker-0.jsonl"
     sink = writer(path)
     sink(Event("step", 7, {"epoch": 2, "samples": 512}))
     sink(log(7, loss=0.5))
@@ -62,7 +62,7 @@ def test_a_line_begins_with_who_when_and_what(tmp_path: Path) -> None:
     step, logged = strict(path)
     assert list(step) == ["mono", "wall", "name", "incarnation", "epoch", "step", "kind", "samples"]
     assert (step["name"], step["incarnation"], step["epoch"], step["step"], step["kind"]) == (
-        "rank0",
+        "worker-0",
         "f" * 32,
         2,
         7,
@@ -275,7 +275,7 @@ def test_merging_keeps_a_nan_and_the_last_text(tmp_path: Path) -> None:
 
 # ---- the tail --------------------------------------------------------------------------------------------------------
 def line(rank: int, step: int, kind: str = "log", wall: float = 1.0, **data: Any) -> str:
-    return json.dumps({"name": f"rank{rank}", "wall": wall, "step": step, "kind": kind, **data}) + "\n"
+    return json.dumps({"name": f"worker-{rank}", "wall": wall, "step": step, "kind": kind, **data}) + "\n"
 
 
 def append(path: Path, text: str) -> None:
@@ -285,33 +285,35 @@ def append(path: Path, text: str) -> None:
 
 def test_the_global_value_is_the_weighted_mean_of_the_step_that_all_have_reached(tmp_path: Path) -> None:
     values = Values(tmp_path, 2)
-    append(tmp_path / "rank0.jsonl", line(0, 1, values={"loss": 1.0}, weight=3))
-    append(tmp_path / "rank1.jsonl", line(1, 1, values={"loss": 5.0}, weight=1))
+    append(tmp_path / "worker-0.jsonl", line(0, 1, values={"loss": 1.0}, weight=3))
+    append(tmp_path / "worker-1.jsonl", line(1, 1, values={"loss": 5.0}, weight=1))
     values.poll()
     assert values.latest() == {"loss": 2.0}
-    append(tmp_path / "rank0.jsonl", line(0, 2, values={"loss": 100.0}, weight=3))
+    append(tmp_path / "worker-0.jsonl", line(0, 2, values={"loss": 100.0}, weight=3))
     values.poll()
     assert values.latest() == {"loss": 2.0}  # rank 1 has not said its part of step 2
-    append(tmp_path / "rank1.jsonl", line(1, 2, values={"loss": 0.0}, weight=1))
+    append(tmp_path / "worker-1.jsonl", line(1, 2, values={"loss": 0.0}, weight=1))
     values.poll()
     assert values.latest() == {"loss": 75.0}
 
 
 def test_half_a_line_waits_for_its_rest(tmp_path: Path) -> None:
-    values = Values([tmp_path / "rank0.jsonl"], 1)
+    values = Values([tmp_path / "worker-0.jsonl"], 1)
     values.poll()
     assert values.latest() == {}
     text = line(0, 1, values={"loss": 1.5}, weight=1)
-    append(tmp_path / "rank0.jsonl", text[:20])
+    append(tmp_path / "worker-0.jsonl", text[:20])
     values.poll()
     assert values.latest() == {}
-    append(tmp_path / "rank0.jsonl", text[20:])
+    append(tmp_path / "worker-0.jsonl", text[20:])
     values.poll()
     assert values.latest() == {"loss": 1.5}
 
 
 def test_garbage_and_torn_lines_are_passed_over(tmp_path: Path) -> None:
-    append(tmp_path / "rank0.jsonl", '{"mono": 1\n[1]\n{"kind":"log","step":"x"}\n\xff\n' + line(0, 1, "end", ok=True))
+    append(
+        tmp_path / "worker-0.jsonl", '{"mono": 1\n[1]\n{"kind":"log","step":"x"}\n\xff\n' + line(0, 1, "end", ok=True)
+    )
     values = Values(tmp_path, 1)
     values.drain()
     assert [event["ok"] for event in values.ends] == [True]
@@ -319,7 +321,7 @@ def test_garbage_and_torn_lines_are_passed_over(tmp_path: Path) -> None:
 
 def test_faults_notices_and_ends_are_listed(tmp_path: Path) -> None:
     text = line(0, 1, "notice", code="PL409") + line(0, 2, "fault", type="ValueError") + line(0, 2, "end", ok=False)
-    append(tmp_path / "rank0.jsonl", text)
+    append(tmp_path / "worker-0.jsonl", text)
     values = Values(tmp_path, 1)
     values.drain()
     assert (values.notices[0]["code"], values.faults[0]["type"], values.ends[0]["ok"]) == ("PL409", "ValueError", False)
@@ -328,7 +330,7 @@ def test_faults_notices_and_ends_are_listed(tmp_path: Path) -> None:
 def test_a_nan_is_shown_and_is_not_the_best(tmp_path: Path) -> None:
     rows = [0.5, "nan", 0.25, 2.0]
     for step, value in enumerate(rows):
-        append(tmp_path / "rank0.jsonl", line(0, step, values={"loss": value, "text": "x"}, weight=1))
+        append(tmp_path / "worker-0.jsonl", line(0, step, values={"loss": value, "text": "x"}, weight=1))
         if value == "nan":
             values = Values(tmp_path, 1)
             values.drain()
@@ -342,31 +344,33 @@ def test_a_nan_is_shown_and_is_not_the_best(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_stopped_logging_is_not_waited_for(tmp_path: Path) -> None:
-    append(tmp_path / "rank1.jsonl", line(1, 1, wall=1.0, values={"loss": 1.0}, weight=1))
-    append(tmp_path / "rank0.jsonl", line(0, 9, wall=9.0, values={"loss": 3.0}, weight=1))
+    append(tmp_path / "worker-1.jsonl", line(1, 1, wall=1.0, values={"loss": 1.0}, weight=1))
+    append(tmp_path / "worker-0.jsonl", line(0, 9, wall=9.0, values={"loss": 3.0}, weight=1))
     values = Values(tmp_path, 2)
     values.drain()
     assert values.latest() == {"loss": 3.0}
 
 
 def test_weights_of_zero_fall_back_to_the_plain_mean(tmp_path: Path) -> None:
-    append(tmp_path / "rank0.jsonl", line(0, 1, values={"a": 1.0}, weight=0) + line(0, 1, values={"a": 3.0}, weight=0))
+    append(
+        tmp_path / "worker-0.jsonl", line(0, 1, values={"a": 1.0}, weight=0) + line(0, 1, values={"a": 3.0}, weight=0)
+    )
     values = Values(tmp_path, 1)
     values.drain()
     assert values.latest() == {"a": 2.0}
 
 
 def test_merged_lines_are_shown_over_the_steps_that_they_stand_for(tmp_path: Path) -> None:
-    append(tmp_path / "rank0.jsonl", line(0, 100, values={"loss": 1.0}, weight=10, count=10))
-    append(tmp_path / "rank1.jsonl", line(1, 98, values={"loss": 3.0}, weight=10, count=10))
-    append(tmp_path / "rank1.jsonl", line(1, 108, values={"loss": 9.0}, weight=10, count=10))
+    append(tmp_path / "worker-0.jsonl", line(0, 100, values={"loss": 1.0}, weight=10, count=10))
+    append(tmp_path / "worker-1.jsonl", line(1, 98, values={"loss": 3.0}, weight=10, count=10))
+    append(tmp_path / "worker-1.jsonl", line(1, 108, values={"loss": 9.0}, weight=10, count=10))
     values = Values(tmp_path, 2)
     values.drain()
     assert values.latest() == {"loss": 2.0}
 
 
 def test_long_runs_keep_their_summary_though_not_their_steps(tmp_path: Path) -> None:
-    append(tmp_path / "rank0.jsonl", "".join(line(0, n, values={"loss": n}, weight=1) for n in range(5000)))
+    append(tmp_path / "worker-0.jsonl", "".join(line(0, n, values={"loss": n}, weight=1) for n in range(5000)))
     values = Values(tmp_path, 1)
     values.drain()
     summary = values.summary()["loss"]
@@ -375,7 +379,7 @@ def test_long_runs_keep_their_summary_though_not_their_steps(tmp_path: Path) -> 
 
 def test_writer_and_tail_agree(tmp_path: Path) -> None:
     for rank in range(2):
-        sink = EventWriter(tmp_path / f"rank{rank}.jsonl", name=f"rank{rank}", incarnation="0" * 32)
+        sink = EventWriter(tmp_path / f"worker-{rank}.jsonl", name=f"worker-{rank}", incarnation="0" * 32)
         sink(log(1, weight=rank + 1, loss=torch.tensor(float(rank))))
         sink.close()
     values = Values(tmp_path, 2)

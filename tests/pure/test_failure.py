@@ -258,3 +258,13 @@ def test_common_messages_have_help(message: str, said: str) -> None:
 
 def test_nothing_failed_nothing_said() -> None:
     assert failure.render([], 4) == []
+
+
+def test_once_ranks_have_moved_the_word_is_worker() -> None:
+    board = Board.private(2)
+    died = failure.killed(signal.SIGKILL, 5.0, board.read(0)) | {"rank": 4}
+    missed = recorded(PeerLost("PL403", "rank 1 was lost")) | {"rank": 7, "mono": 6.0}
+    lines = failure.render([died, missed], 4, "worker")
+    assert lines[0] == "worker 7 was ended as a witness"
+    assert lines[2] == "error[PL502] on worker 4: killed by SIGKILL"
+    assert failure.render([died, died | {"rank": 5}], 2, "worker")[0].startswith("error[PL502] on all workers")

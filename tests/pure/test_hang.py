@@ -27,9 +27,10 @@ class Run:
 
     def __init__(self, size: int, *, after: float | None = None) -> None:
         self.now = 1000.0
-        self.watch = Watch(size, after=after)
+        self.watch = Watch(after=after)
         self.exited: dict[int, int] = {}
         self.asleep: set[int] = set()
+        self.settled = True
         self.ranks = [
             Snapshot(
                 rank=r,
@@ -70,7 +71,7 @@ class Run:
             for r in range(len(self.ranks)):
                 if r not in self.asleep and r not in self.exited:
                     self.set(r, beat=self.now)
-            found += self.watch.examine(self.ranks, self.exited, self.now)
+            found += self.watch.examine(self.ranks, self.exited, self.now, settled=self.settled)
         return found
 
     def steps(self, count: int, seconds: float) -> list[Finding]:
@@ -377,6 +378,49 @@ def test_a_large_run_has_a_short_table() -> None:
     assert "and 17 more" in text(finding)
 
 
+# ---- ranks that change -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("told", ["by the launcher", "on the board"])
+def test_a_regroup_is_no_hang(told: str) -> None:
+    """One waits for the dead one, another has noticed and waits for the coordinator, which is down."""
+    run = Run(3)
+    run.steps(3, 0.2)
+    run.settled = told == "on the board"
+    run.wait(0, "regroup")
+    run.wait(1, "backward, bucket 1/2")
+    run.wait(2, "regroup" if told == "on the board" else "backward, bucket 1/2", 1)
+    assert run.passes(55) == []
+    found = only(run.passes(10))
+    assert (found.code, found.fatal) == ("PL504", False)
+    assert "cannot agree on who is left" in text(found)
+
+
+def test_one_that_has_ended_is_not_missed_before_the_others_have_regrouped() -> None:
+    run = Run(3)
+    run.steps(3, 0.2)
+    run.settled = False
+    run.enter(0, Phase.FINISHED)
+    run.wait(1, "backward, bucket 1/2", 0)
+    run.wait(2, "backward, bucket 1/2", 0)
+    assert run.passes(5) == []
+    run.settled = True
+    assert only(run.passes(1)).code == "PL501"
+
+
+def test_ranks_that_come_and_go_are_followed() -> None:
+    """A replacement has another number, and a page that begins anew; the word is no longer rank."""
+    run = Run(3)
+    run.steps(3, 0.2)
+    run.watch.noun = "worker"
+    run.ranks[1] = dataclasses.replace(run.ranks[1], rank=7, step=run.ranks[0].step, spent=dict.fromkeys(TIMED, 0.0))
+    assert run.steps(3, 0.2) == []
+    run.wait(0, "all_gather")
+    run.wait(1, "backward, bucket 1/2")
+    run.wait(2, "backward, bucket 1/2")
+    found = only(run.passes(3))
+    assert found.message.startswith("workers wait for each other in different operations: worker 0 in `all_gather`")
+    assert "workers 2,7" in text(found)
+
+
 # ---- stragglers ------------------------------------------------------------------------------------------------------
 def uneven(run: Run, steps: int, busy: list[float], phase: Phase = Phase.COMPUTE) -> None:
     """Steps of one second, in which rank r is busy for ``busy[r]`` and then waits."""
@@ -411,6 +455,19 @@ def test_a_rank_with_a_slow_loader_is_said_to_read() -> None:
     uneven(run, 12, [0.3, 0.9], Phase.INPUT)
     (slow,) = run.watch.stragglers()
     assert (slow.rank, slow.reading) == (1, True)
+
+
+def test_a_straggler_is_sought_anew_among_other_ranks() -> None:
+    """What was spent before says nothing of one that has just come."""
+    run = Run(4)
+    uneven(run, 4, [0.4, 0.4, 0.9, 0.4])
+    spent = dict.fromkeys(TIMED, 0.0) | {Phase.COMPUTE: 500.0}
+    run.ranks[1] = dataclasses.replace(run.ranks[1], rank=4, spent=spent)
+    uneven(run, 4, [0.4, 0.4, 0.9, 0.4])
+    assert run.watch.stragglers() == []
+    uneven(run, 9, [0.4, 0.4, 0.9, 0.4])
+    (slow,) = run.watch.stragglers()
+    assert slow.render("worker").startswith("worker 2 is slow")
 
 
 def test_even_ranks_and_a_rank_that_evaluates_alone_are_no_stragglers() -> None:

@@ -31,6 +31,21 @@ def test_a_line_of_some_ranks_waits_for_the_window() -> None:
     assert pairs(folder.due(0.5)) == [("[1]", "hello")]
 
 
+def test_fewer_ranks_make_a_whole_line_sooner_and_labels_stay() -> None:
+    folder = Folder(1)
+    folder.feed(0, "alone", "stdout", 0.0)
+    assert pairs(folder.due(0.0)) == [("", "alone")]
+    folder.resize(3)
+    for rank in (0, 4):
+        folder.feed(rank, "hello", "stdout", 0.0)
+    assert pairs(folder.due(0.0)) == []
+    folder.resize(2)
+    assert pairs(folder.due(0.0)) == [("[0,4]", "hello")]
+    folder.resize(1)
+    folder.feed(4, "the last", "stdout", 1.0)
+    assert pairs(folder.due(1.0)) == [("[4]", "the last")]
+
+
 def test_different_streams_are_different_lines() -> None:
     folder = Folder(2)
     folder.feed(0, "a", "stdout", 0.0)

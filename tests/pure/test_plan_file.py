@@ -26,6 +26,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
         threads=st.integers(1, 99),
         wire=st.sampled_from(["auto", "shm", "torch"]),
         stop_on_nan=st.booleans(),
+        workers_min=st.integers(0, 9),
+        workers_max=st.integers(0, 9),
+        checkpoint=TEXT,
+        resume=TEXT,
         settings=st.dictionaries(TEXT.filter(bool), TEXT, max_size=3).map(lambda d: tuple(d.items())),
     )
 )

@@ -114,6 +114,17 @@ def test_rates_are_not_guessed() -> None:
     assert headline(meter.progress(), {}) == "step 0 · epoch 0"
 
 
+def test_a_replacement_has_a_line_at_once_and_shares_when_it_was_seen_twice() -> None:
+    meter = Meter()
+    meter.see([snapshot(0), snapshot(1)], 10.0)
+    meter.see([snapshot(0), snapshot(5, since=10.5)], 11.0)
+    assert meter.shares([5]) == {}
+    lines = shown(region([snapshot(0), snapshot(5)], {}, meter, now=11.0, width=100, height=9, noun="worker"))
+    assert [line.split("  ")[0] for line in lines[1:]] == ["worker 0 " + "█" * 24, "worker 5"]
+    meter.see([snapshot(0), snapshot(5, since=10.5)], 13.5)
+    assert meter.shares([5])[Phase.COMPUTE] == 1.0
+
+
 def test_a_phase_that_is_not_over_counts() -> None:
     meter = Meter()
     for now in (1.0, 2.0, 3.0):

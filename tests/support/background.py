@@ -16,10 +16,10 @@ PATIENCE = 60.0  # seconds from the end of a run's output to its end
 class Running:
     """A run in the background, whose output can be waited for."""
 
-    def __init__(self, *arguments: str, cwd: Path) -> None:
+    def __init__(self, *arguments: str, cwd: Path, verb: str = "run") -> None:
         environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.launcher = subprocess.Popen(
-            [*CLI, "run", *arguments],
+            [*CLI, verb, *arguments],
             cwd=cwd,
             env=environ,
             stdin=subprocess.DEVNULL,
@@ -51,8 +51,8 @@ class Running:
 
 
 @contextmanager
-def running(*arguments: str, cwd: Path) -> Iterator[Running]:
-    run = Running(*arguments, cwd=cwd)
+def running(*arguments: str, cwd: Path, verb: str = "run") -> Iterator[Running]:
+    run = Running(*arguments, cwd=cwd, verb=verb)
     try:
         yield run
     finally:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -52,8 +53,10 @@ class Feed(DataLoader[Any]):
         streams: The job's data stream, shared by all its feeds.
         index: Which of the job's loaders this is.
         activity: Where reading is shown as ``Phase.INPUT``.
+        before_pass: Called first in ``iter(feed)``.
         before_batch, want_phantom, on_batch, on_epoch: See :class:`~paceline.data.loop.Hooks`.
         shares: Relative speeds of all ranks, for unequal pieces.
+        shards: Cut batches to train on into so many shards, whatever the number of ranks; the loop gets one after the other.
     """
 
     def __init__(
@@ -65,19 +68,22 @@ class Feed(DataLoader[Any]):
         streams: Streams,
         index: int = 0,
         activity: Activity | None = None,
-        before_batch: Callable[[], None] = _nothing,
+        before_pass: Callable[[], None] = _nothing,
+        before_batch: Callable[[], bool | None] = _nothing,
         want_phantom: Callable[[], bool] = _always,
         on_batch: Callable[[Slice], None] = _nothing,
         on_epoch: Callable[[EpochEnd], None] = _nothing,
         shares: Sequence[float] | None = None,
+        shards: int = 0,
     ) -> None:
         # DataLoader's own constructor would make a second set of settings.
         refuse(loader)
         self._loader = loader
-        self._cut = Cut(rank, size, tuple(shares) if shares is not None else None)
+        self._cut = Cut(rank, size, tuple(shares) if shares is not None else None, shards)
         self._streams = streams
         self._index = index
         self._activity = activity or Board.private(1).activity(0)
+        self._before_pass = before_pass
         self._hooks = Hooks(before_batch, want_phantom, on_batch, on_epoch)
         self._walked = is_walked(loader)
         self._aligned = False
@@ -85,7 +91,7 @@ class Feed(DataLoader[Any]):
         self._epoch = -1
         self._course: Course | None = None
         self._origin: Origin | None = None
-        self._committed = Cursor()
+        self._committed = self._before = Cursor()
         self._resume: Position | None = None
         # Weak: when the loop drops its iterator (`break`), the pass is over, and workers end as torch ends them.
         self._pass: Callable[[], Pass | None] = _nothing
@@ -105,6 +111,7 @@ class Feed(DataLoader[Any]):
         return len(self._loader)
 
     def __iter__(self) -> Pass:  # type: ignore[override]  # torch names its private class as the return type
+        self._before_pass()
         self._streams.begin()
         sources = self._sources()
         if not self._aligned:
@@ -116,14 +123,40 @@ class Feed(DataLoader[Any]):
             new = self._start(course)
         old = self._pass()
         if old is not None and self._loader.persistent_workers:
-            old.heir = new
+            old.leave_to(new)
         self._pass = weakref.ref(new)
         return new
 
     def commit(self) -> None:
         """Say that everything the loop got so far has been trained on: the position moves here, and only here."""
         if self._course is not None:
-            self._committed = self._course.seen
+            self._before, self._committed = self._committed, self._course.seen
+
+    @property
+    def trained(self) -> bool:
+        """An optimizer step has used rows of the open pass."""
+        return self._course is not None and not self._course.ended and self._committed.batch > 0
+
+    def resplit(self, rank: int, size: int, *, again: bool = False, now: bool = True) -> None:
+        """Go on as another of another number of ranks: the loop that holds the open pass gets what follows the last commit.
+
+        Args:
+            again: What was committed last is given once more.
+            now: False: the open pass stays as it was cut, and the next one is cut anew.
+        """
+        self._cut = Cut(rank, size, shards=self._cut.shards)
+        old, course, restored = self._pass(), self._course, self._resume
+        self._inner = None
+        if old is None or not now or (restored is None and (course is None or course.ended)):
+            return
+        if restored is None:
+            position = Position.from_json(self.state_dict())
+            if again:
+                position = replace(position, cursor=self._before, ahead=True)
+            self.load_state_dict(position.to_json())
+        new = self._start(self._open(self._sources()))
+        old.leave_to(new)
+        self._pass = weakref.ref(new)
 
     def close(self) -> None:
         """Report a pass that was left early, and let persistent workers end. Called when the job ends.
@@ -178,10 +211,10 @@ class Feed(DataLoader[Any]):
         resumed, self._resume = self._resume, None
         if resumed is None or resumed.begin is None:
             self._epoch += 1
-            self._origin, self._committed = sources.snapshot(), Cursor()
+            self._origin, self._committed, self._before = sources.snapshot(), Cursor(), Cursor()
             self._course = Course(self._index, self._epoch, again=self._inner is not None)
             return self._course
-        self._origin, self._committed = resumed.begin, resumed.cursor
+        self._origin, self._committed, self._before = resumed.begin, resumed.cursor, resumed.cursor
         rewind = Rewind(sources, resumed.begin)
         self._course = Course(self._index, self._epoch, resumed.cursor, rewind, resumed.ahead, resumed.again)
         return self._course

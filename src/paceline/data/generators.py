@@ -63,6 +63,18 @@ def seed_all(seed: int) -> None:
         numpy.random.seed(derive(seed, "numpy") & 0xFFFFFFFF)
 
 
+def read_device() -> str | None:
+    """The state of the current accelerator's generator, as text; None where the program uses none."""
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return _tensor_text(torch.cuda.get_rng_state()) if used else None
+
+
+def write_device(state: str | None) -> None:
+    """Set what :func:`read_device` gave, where there is an accelerator."""
+    if state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_text_tensor(state))
+
+
 def derive(*words: object) -> int:
     """A non-negative 63-bit number that depends on all of `words` and on nothing else."""
     return int.from_bytes(blake2b(repr(words).encode(), digest_size=8).digest(), "little") >> 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, MapDataPipe
 
-from paceline.data.rows import Gathered, OwnRows, as_is
+from paceline.data.rows import Gathered, OwnRows, Seeded, as_is
 from paceline.data.split import Cut
 from paceline.data.streams import Aside, Streams
 from paceline.data.walk import Walk
@@ -65,14 +65,20 @@ def build(
         settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last, "generator": loader.generator}
         return DataLoader(loader.dataset, collate_fn=own_rows, **settings), None
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    walk = Walk(sampler, cut, streams, batched=batched, generator=loader.generator, want_phantom=want_phantom)
+    gathers = batched and not loader.num_workers and Gathered.serves(loader.dataset, loader.collate_fn)
+    seeded = bool(cut.shards) and batched and not gathers
+    walk = Walk(
+        sampler, cut, streams, batched=batched, generator=loader.generator, want_phantom=want_phantom, seeded=seeded
+    )
     settings["generator"] = walk.workers
     if not batched:
         return DataLoader(loader.dataset, batch_size=None, sampler=walk, collate_fn=own_rows, **settings), walk
     dataset: Any = loader.dataset
     collate = loader.collate_fn
-    if not loader.num_workers and Gathered.serves(dataset, collate):
+    if gathers:
         dataset, collate = Gathered(dataset), as_is
+    elif seeded:
+        dataset, collate = Seeded(dataset, collate), as_is
     return DataLoader(dataset, batch_sampler=walk, collate_fn=collate, **settings), walk
 
 

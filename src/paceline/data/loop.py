@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paceline.data.course import Course, Drawn
@@ -21,13 +21,14 @@ class Hooks:
     """What the job wants to decide and to hear.
 
     Attributes:
-        before_batch: Called first in each ``next()``; may raise, to end the loop there.
+        before_batch: Called first in each ``next()``; may raise, to end the loop there. True: the rows given last are given
+            once more, as a stand-in that does not count.
         want_phantom: Whether a rank without a row in a batch takes part in it anyway.
         on_batch: Called with the slice that the loop is about to get.
         on_epoch: Called when a pass ends, before ``StopIteration``, and when one was left early (see ``Feed.close``).
     """
 
-    before_batch: Callable[[], None]
+    before_batch: Callable[[], bool | None]
     want_phantom: Callable[[], bool]
     on_batch: Callable[[Slice], None]
     on_epoch: Callable[[EpochEnd], None]
@@ -60,13 +61,20 @@ class Pass(Iterator[Any]):
         self._course = course
         self._hooks = hooks
         self._activity = activity
-        # Persistent workers serve one pass at a time: an older iterator goes on with the newer pass, as torch's does.
-        self.heir: Pass | None = None
+        self._heir: Pass | None = None
+        self._latest: Any = None
+
+    def leave_to(self, heir: Pass) -> None:
+        """From now on give what `heir` gives: persistent workers serve one pass at a time, or the ranks have changed."""
+        self._heir, heir._latest = heir, self._latest
+        self._reader = replace(self._reader, rows=iter(()))  # and with it torch's iterator, and its workers
 
     def __next__(self) -> Any:
-        if self.heir is not None:
-            return next(self.heir)
-        self._hooks.before_batch()
+        if self._heir is None and self._hooks.before_batch():
+            return self._latest
+        if self._heir is not None:  # before the batch the ranks may have changed
+            self._latest = next(self._heir)
+            return self._latest
         with self._activity.during(Phase.INPUT, "next batch"):
             arrived = self._arrive()
         if arrived is None:
@@ -74,6 +82,7 @@ class Pass(Iterator[Any]):
             raise StopIteration
         piece, rows = arrived
         self._hooks.on_batch(piece)
+        self._latest = rows
         return rows
 
     def catch_up(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset, default_collate, default_convert
 
+from paceline.data.generators import RandomState, seed_all
 from paceline.data.split import Cut
 
 
@@ -26,6 +27,8 @@ class Slice:
         local_start, local_rows: This rank's rows, counted from the batch's first row.
         phantom: The rank has no row of its own here. It was given the batch's first row so that its loop goes round as
             everywhere; `local_rows` is 0 and so is the weight of what it computes.
+        shard: Which shard of the batch it is, where batches are cut into shards; else -1.
+        round, rounds: In which of how many rounds of the loop this batch is worked off.
     """
 
     loader: int
@@ -36,6 +39,14 @@ class Slice:
     local_start: int
     local_rows: int
     phantom: bool = False
+    shard: int = -1
+    round: int = 0
+    rounds: int = 1
+
+    @property
+    def last(self) -> bool:
+        """Nothing of this batch follows."""
+        return self.round == self.rounds - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +188,31 @@ class Gathered:
                 for t in dataset.tensors
             )
         )
+
+
+class Seeded:
+    """A data set whose rows, and their collation, draw from a stream that belongs to the batch: not to rank or worker.
+
+    Read with a list of a seed and indices; gives the collated batch.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any]) -> None:
+        self._dataset, self._collate = dataset, collate
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._dataset, name)  # a worker may ask `get_worker_info().dataset` for something
+
+    def __getitems__(self, key: Sequence[int]) -> Any:
+        seed, *indices = key
+        around = RandomState.take()
+        seed_all(seed)
+        try:
+            many = getattr(self._dataset, "__getitems__", None)
+            return self._collate(many(indices) if many else [self._dataset[index] for index in indices])
+        finally:
+            around.put()
 
 
 def as_is(batch: Any) -> Any:

@@ -44,17 +44,53 @@ def _by_shares(count: int, rank: int, shares: Sequence[float]) -> tuple[int, int
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """A rank's part of a batch in one round of its loop, where batches are cut into shards.
+
+    Attributes:
+        shard: Which shard it is.
+        start, rows: Its rows, counted from the batch's first row.
+        filler: It is another round's or another rank's shard, and does not count: all ranks go round equally often.
+    """
+
+    shard: int
+    start: int
+    rows: int
+    filler: bool
+
+
+def turns(count: int, shards: int, size: int, rank: int) -> list[Turn]:
+    """What `rank` does in each round of a batch of `count` rows that is cut into `shards` shards.
+
+    The shards depend on `count` and `shards` alone; no shard is empty, so a batch of few rows has fewer. Each rank has
+    consecutive ones.
+
+    Example:
+        >>> [[turn.shard for turn in turns(100, 8, 3, rank) if not turn.filler] for rank in range(3)]
+        [[0, 1, 2], [3, 4, 5], [6, 7]]
+    """
+    shards = min(shards, count)
+    first, end = (-(-place * shards // size) for place in (rank, rank + 1))
+    spare = max(first, end - 1) if first < shards else 0
+    rounds = [min(first + turn, spare) for turn in range(-(-shards // size))]
+    mine = [first + turn < end for turn in range(len(rounds))]
+    return [Turn(v, *share(count, shards, v), not own) for v, own in zip(rounds, mine, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """One rank's part in the division.
 
     Attributes:
         rank, size: Which piece of how many.
         shares: Relative speeds, or None for equal pieces.
+        shards: Into how many shards a batch to train on is cut, whatever the number of ranks; 0: into one piece a rank.
     """
 
     rank: int
     size: int
     shares: tuple[float, ...] | None = None
+    shards: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:

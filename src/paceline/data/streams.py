@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from paceline.data.generators import RandomState, derive, read, seed_all, write
+from paceline.data.generators import RandomState, derive, read, read_device, seed_all, write, write_device
 from paceline.data.lane import Lane
 
 _REMEMBERED = 4  # streams of earlier marks: a fork returns to the one before
@@ -54,6 +54,7 @@ class Streams:
         self._share = share
         self._lanes: dict[int, Lane] = {}  # the data stream by its mark, the current one last
         self._mark = 0
+        self._base = 0  # what seeds are derived from: of torch's state alone, because few scripts seed the others
         self._installed = 0
         self._inside = False
 
@@ -67,6 +68,19 @@ class Streams:
         elif mark != self._mark:
             self._remember(mark, self._lanes[mark])
 
+    def separate(self) -> None:
+        """Draw orders from a stream of their own even with one rank, as with several. Before the first loader begins."""
+        self._size = max(2, self._size)
+
+    def seed(self, *words: object) -> int:
+        """A seed that depends on where torch's data stream began and on `words`, the same on every rank."""
+        return derive(self._base, *words)
+
+    def reseed(self, *words: object) -> None:
+        """Let the model stream begin anew, as the one of these `words`."""
+        seed_all(self.seed(*words))
+        _write_mark(self._mark)
+
     def capture(self) -> bytes:
         """The process's global random state, as bytes that :meth:`install` takes on any rank."""
         return json.dumps(RandomState.take().to_json()).encode()
@@ -75,7 +89,9 @@ class Streams:
         """Make `raw` the data stream, and this rank's model stream its own."""
         # Counted: a fork that seeds with the same number again is another stream than the one it returns to.
         self._installed += 1
-        self._install(derive(raw, self._installed), RandomState.from_json(json.loads(raw)))
+        state = json.loads(raw)
+        self._base = derive(state["torch"], self._installed)
+        self._install(derive(raw, self._installed), RandomState.from_json(state))
 
     def align(self, generators: Sequence[Any]) -> None:
         """Give the generators that a loader holds rank 0's states. A collective unless there are none."""
@@ -129,16 +145,34 @@ class Streams:
             self._lanes[self._mark] = Lane(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The data stream as JSON values; the same on every rank once a loader has begun."""
+        """The data stream as JSON values, the same on every rank once a loader has begun; and this process's own stream."""
         state = self.snapshot().to_json()
-        return {"mark": self._mark or derive(state), "state": state}
+        own = RandomState.take().to_json() if self._size > 1 and not self._inside else None
+        seen = torch.initial_seed() if self._size > 1 else 0
+        device = read_device()
+        own = {"rank": self._rank, "seen": seen, "state": own, "device": device}
+        return {"mark": self._mark or derive(state), "base": self._base, "state": state, "own": own}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a saved data stream, with any number of ranks. Model streams start afresh from it.
+        """Go on from a saved data stream, with any number of ranks.
 
-        Whoever also restores a rank's own generators does it after this call.
+        The rank that saved it goes on with its own model stream as well; those of the others start afresh, as others than
+        they have had before.
         """
-        self._install(saved["mark"], RandomState.from_json(saved["state"]))
+        mark, own = saved["mark"], saved.get("own")
+        self._base = saved.get("base", mark)
+        self._install(mark, RandomState.from_json(saved["state"]))
+        if own is None:
+            return
+        if self._rank == own["rank"]:
+            write_device(own["device"])
+        if self._size == 1 or own["state"] is None:
+            return
+        if self._rank == own["rank"]:
+            RandomState.from_json(own["state"]).put()
+        else:
+            seed_all(derive(mark, self._rank, own["state"]["torch"]))
+        _write_mark(own["seen"])
 
     def _install(self, mark: int, state: RandomState) -> None:
         if self._size == 1:

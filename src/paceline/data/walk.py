@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -23,7 +24,7 @@ from paceline.data.course import Course, Drawn
 from paceline.data.generators import derive
 from paceline.data.order import KeyedSampler
 from paceline.data.rows import Slice
-from paceline.data.split import Cut
+from paceline.data.split import Cut, turns
 from paceline.data.streams import Streams
 
 _END = object()
@@ -48,6 +49,7 @@ class Walk:
         batched: Whether its elements are lists of indices, to be cut.
         generator: The user's generator for ``base_seed``, as in ``DataLoader(generator=...)``.
         want_phantom: Whether a rank without a row needs one anyway.
+        seeded: Each list of indices begins with a seed (see ``rows.Seeded``).
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Walk:
         batched: bool,
         generator: torch.Generator | None,
         want_phantom: Callable[[], bool],
+        seeded: bool = False,
     ) -> None:
         self._sampler = sampler
         self._cut = cut
@@ -66,6 +69,7 @@ class Walk:
         self._batched = batched
         self._generator = generator
         self._want_phantom = want_phantom
+        self._seed = seeded
         self._draws_at_first = draws_at_first(sampler)
         self._seeded = False
         self.workers = torch.Generator()  # torch draws this rank's base_seed from it
@@ -134,6 +138,11 @@ class Walk:
         number, position = course.skip.batch, course.skip.rows
         for batch in batches:
             rows = len(batch)
+            if self._cut.shards and self._want_phantom():
+                whole = Slice(course.loader, course.epoch, number, position, rows, 0, 0)
+                yield from self._cut_shards(batch, whole, course)
+                number, position = number + 1, position + rows
+                continue
             start, count = self._cut.of(rows, position)
             phantom = not count
             piece = Slice(course.loader, course.epoch, number, position, rows, start, count, phantom)
@@ -142,7 +151,31 @@ class Walk:
             wanted = not phantom or self._want_phantom()
             course.drawn.append(Drawn(piece, own, course.order, wanted))
             if wanted:
-                yield own
+                yield self._keyed(own, piece)
+
+    def _cut_shards(self, batch: Any, whole: Slice, course: Course) -> Iterator[Any]:
+        """A batch to train on, shard by shard."""
+        rounds = turns(whole.rows, self._cut.shards, self._cut.size, self._cut.rank)
+        for number, turn in enumerate(rounds):
+            piece = replace(
+                whole,
+                local_start=turn.start,
+                local_rows=0 if turn.filler else turn.rows,
+                phantom=turn.filler,
+                shard=turn.shard,
+                round=number,
+                rounds=len(rounds),
+            )
+            own = batch[turn.start : turn.start + turn.rows]
+            course.drawn.append(Drawn(piece, own, course.order))
+            yield self._keyed(own, piece)
+
+    def _keyed(self, own: Any, piece: Slice) -> Any:
+        """Indices as the data set wants them."""
+        if not self._seed:
+            return own
+        which = piece.shard if piece.shard >= 0 else ("rank", self._cut.rank)
+        return [self._streams.seed("rows", piece.loader, piece.epoch, piece.batch, which), *own]
 
     def _note_items(self, items: Iterator[Any], course: Course) -> Iterator[Any]:
         for item in items:

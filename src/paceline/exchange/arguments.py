@@ -57,6 +57,14 @@ def positive(recipe: str, argument: str, value: object) -> float:
     return value  # type: ignore[return-value]
 
 
+def whole(recipe: str, argument: str, value: object, most: int) -> int:
+    """`value`, if it is a whole number from 1 to `most`. Raises UsageError PL203."""
+    if type(value) is not int or not 1 <= value <= most:
+        said = f"{argument} is a whole number from 1 to {most}."
+        raise UsageError("PL203", f"{recipe}: {argument}={value!r} cannot be", help=said)
+    return value
+
+
 def spell(function: Callable[..., Any], **values: object) -> str:
     """Canonical text of a call: arguments by name, in the recipe's order, those at their default left out, words bare."""
     given = []

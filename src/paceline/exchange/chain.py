@@ -87,12 +87,14 @@ class Exchange:
             every rank updates its slice in place.
         bucket_mb: Upper bound of a bucket in MiB (2^20 bytes), or None for placement's choice.
         text: Canonical strategy text; parsing it gives this value again.
+        shards: Into how many parts each global batch is cut, whatever the number of ranks; 0: one for each rank.
     """
 
     chain: Chain
     params: Literal["private", "shared"] = "private"
     bucket_mb: float | None = None
     text: str = "ddp()"
+    shards: int = 0
 
     def describe(self) -> str:
         """What is sent, with whom, when, how encoded, how merged; then what is asked of placement."""

@@ -39,6 +39,8 @@ class Message:
         step: Optimizer steps applied so far.
         hosts: For each rank the index of its host; empty when all are on one.
         exchanged: True once the payload is the global mean.
+        wide: Two words of float64 for each element of the payload, for links that sum in fixed point.
+        shard, first, last: Which part of this rank's share of the batch the payload is of, where it comes in several.
     """
 
     bucket: Bucket
@@ -51,6 +53,10 @@ class Message:
     hosts: Sequence[int] = ()
     exchanged: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
+    wide: Buffer | None = None
+    shard: int = 0
+    first: bool = True
+    last: bool = True
 
     @property
     def payload(self) -> Tensor:

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from paceline.exchange.allreduce import ALGORITHMS, AllReduceMean
-from paceline.exchange.arguments import one_of, positive, spell
+from paceline.exchange.arguments import one_of, positive, spell, whole
 from paceline.exchange.chain import Exchange, chain, optimizer
 from paceline.exchange.codec import CODECS, Codec
+from paceline.exchange.exact import MOST_SHARDS, SHARDS, ExactMean
+from paceline.exchange.link import Link
 from paceline.terms.errors import UsageError
 
 
@@ -23,6 +25,8 @@ def ddp(
     algorithm: str = "auto",
     params: Literal["private", "shared"] = "private",
     bucket_mb: float | None = None,
+    exact: bool = False,
+    shards: int = SHARDS,
 ) -> Exchange:
     """Synchronous data parallelism: every rank steps with the same mean gradient.
 
@@ -38,6 +42,9 @@ def ddp(
             ``hierarchical`` (within hosts, then between them).
         params: ``shared`` keeps one copy of parameters and optimizer state per host; every rank updates a slice.
         bucket_mb: Upper bound of a bucket in MiB. Small buckets overlap sooner, large ones have fewer messages.
+        exact: The same bits for every number of ranks, whoever joins or dies: each global batch is cut into `shards` parts, the
+            loop goes round once for each part that a rank has, and gradients are summed in fixed point (``exchange/exact.py``).
+        shards: How many parts; more ranks than that have nothing to do.
 
     Raises:
         UsageError: PL203, an argument has a value that it cannot have.
@@ -51,9 +58,25 @@ def ddp(
     one_of("ddp", "params", params, ("private", "shared"))
     if bucket_mb is not None:
         positive("ddp", "bucket_mb", bucket_mb)
+    _check_exact(exact, shards, codec, algorithm)
     word = codec.name if codec else None
-    text = spell(ddp, codec=word, algorithm=algorithm, params=params, bucket_mb=bucket_mb)
-    return Exchange(chain(AllReduceMean(codec, algorithm), optimizer), params, bucket_mb, text)
+    given = {"codec": word, "algorithm": algorithm, "params": params, "bucket_mb": bucket_mb}
+    text = spell(ddp, **given, exact=exact, shards=shards)
+    link: Link = ExactMean(shards) if exact else AllReduceMean(codec, algorithm)
+    return Exchange(chain(link, optimizer), params, bucket_mb, text, shards if exact else 0)
+
+
+def _check_exact(exact: object, shards: object, codec: Codec | None, algorithm: str) -> None:
+    if not isinstance(exact, bool):
+        raise UsageError("PL203", f"ddp: exact={exact!r} cannot be", help="exact is True or False.")
+    whole("ddp", "shards", shards, MOST_SHARDS)
+    if not exact and shards != SHARDS:
+        raise UsageError(
+            "PL203", f"ddp: shards={shards} without exact=True", help="add exact=True, or leave shards out."
+        )
+    if exact and (codec is not None or algorithm != "auto"):
+        said = "exact sums are fixed-point numbers, which travel by the wire's own all-reduce."
+        raise UsageError("PL203", "ddp: exact=True cannot be combined with a codec or an algorithm", help=said)
 
 
 RECIPES: dict[str, Callable[..., Exchange]] = {"ddp": ddp}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from paceline.group.arena import PAGE, Span
@@ -42,10 +42,20 @@ class Patience:
         control: The control pages of all ranks.
         bell: To sleep on.
         board, activity: Where an abort is read, and where it is said who is waited for.
-        names: The rank on the board of each rank of the wire.
+        names: The page on the board of each rank of the wire.
+        evicted: Gives the ranks that are no longer members.
     """
 
-    def __init__(self, control: Span, bell: Bell, board: Board, activity: Activity, names: Sequence[int]) -> None:
+    def __init__(
+        self,
+        control: Span,
+        bell: Bell,
+        board: Board,
+        activity: Activity,
+        names: Sequence[int],
+        evicted: Callable[[], Collection[int]] = tuple,
+    ) -> None:
+        self._evicted = evicted
         self._control, self._bell, self._board, self._activity = control, bell, board, activity
         self._names = names
         self._shy = 0
@@ -119,7 +129,8 @@ class Patience:
         self._watched.clear()
 
     def _lost(self, rank: int) -> WireError:
-        how = "closed its wire" if self._control.words[self._word(rank, LEFT)] else "died"
+        left = self._control.words[self._word(rank, LEFT)]
+        how = "closed its wire" if left else "is no longer a member" if rank in self._evicted() else "died"
         return PeerLost("PL403", f"rank {self._names[rank]} {how} while rank {self._activity.rank} waited for it")
 
     def _mask(self, missing: int) -> int:
@@ -132,6 +143,7 @@ class Patience:
         """Those of `missing` that have died or left."""
         ranks = [r for r in range(len(self._names)) if missing >> r & 1]
         gone = {r for r in ranks if self._control.words[self._word(r, LEFT)] or not self._watch(r)}
+        gone.update(set(ranks).intersection(self._evicted()))
         if self._watched:
             ended = {fd for fd, _ in self._poll.poll(0)}
             gone |= {r for r in ranks if self._watched.get(r) in ended}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -55,7 +55,8 @@ class ShmWire:
         kernel: ``c``: the C kernel, or WireError PL206. ``pure``: Python, on x86 only. ``auto``: C if it can be had, else
             Python, with a warning by rank 0. Ranks need not agree, and sums have the same bits.
         cache_dir: Where built kernels are kept (``kernel.load``).
-        names: The rank on the board of each rank of the wire, where they differ.
+        names: The page on the board of each rank of the wire, where they differ.
+        evicted: Gives the ranks that are members no longer, in a run whose members change: nobody waits for them.
 
     Attributes:
         notice: Why ``auto`` does not use the C kernel, or empty.
@@ -79,6 +80,7 @@ class ShmWire:
         kernel: KernelChoice = "auto",
         cache_dir: Path | None = None,
         names: Sequence[int] | None = None,
+        evicted: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.rank, self.size = rank, size
         self._activity = activity
@@ -98,7 +100,7 @@ class ShmWire:
             )
             bell = _hang_bell(control, rank, size, self._kernel, self._struct)
             names = tuple(range(size)) if names is None else tuple(names)
-            self._patience = Patience(control, bell, board, activity, names)
+            self._patience = Patience(control, bell, board, activity, names, evicted)
             self._rounds = Rounds(self._arena, control, bell, self._patience, names)
             self._lanes = Lanes(self._arena, self._arena.take_committed(size * TABLE_NBYTES), bell)
             self._regions = Regions(self._arena, rank, size, _engines(self._kernel, self._struct, bell))

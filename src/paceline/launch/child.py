@@ -1,10 +1,10 @@
-"""One rank as the launcher sees it: a process in a session of its own, and the pipes between the two.
+"""One process of the run as the launcher sees it: a session of its own, and the pipes between the two.
 
 * its output, which goes to the screen and, as it came, to ``logs/<name>.log``;
 * its *reports*: JSON lines that must arrive even when the disk is full: faults, notices, the end, a result;
 * its *life line*: a pipe that only the launcher holds the other end of, see ``worker``.
 
-A rank may have children of its own (loader workers). They are in its session, and end with it.
+A worker may have children of its own (loader workers). They are in its session, and end with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paceline.launch.rundir import ProcessEntry, now_text, start_ticks
+from paceline.launch.rundir import ProcessEntry, Role, now_text, start_ticks
 
 NOTHING_YET = -1
 _PIECE = 1 << 16
@@ -60,22 +60,29 @@ class Lines:
 
 @dataclass(eq=False)
 class Child:
-    """A rank's process.
+    """A worker's process, or the coordinator's.
 
     Attributes:
-        rank, name, incarnation: Who it is.
+        name, incarnation: Who it is.
+        number: The N of ``worker-N``; -1 for the coordinator.
+        slot: Its page on the board.
+        rank: Its rank as far as is known; in an elastic run the members decide, and it may change.
+        epoch: Of the last view that it has told of.
         popen: The process; a session and process group of its own.
         pidfd: Becomes readable when it ends.
         status: Exit status, ``-N`` for signal N, or None while it lives.
     """
 
-    rank: int
     name: str
     incarnation: str
+    number: int
+    slot: int
     popen: subprocess.Popen[bytes]
     pidfd: int
     report_fd: int
     life_fd: int
+    rank: int = -1
+    epoch: int = -1
     log_fd: int = -1
     status: int | None = None
     started: str = field(default_factory=now_text)
@@ -91,8 +98,10 @@ class Child:
 
     def entry(self, host: str) -> ProcessEntry:
         """Its line in ``processes.json``."""
-        pid = self.popen.pid
-        return ProcessEntry(self.name, "worker", self.rank, pid, self.incarnation, host, self.started, start_ticks(pid))
+        pid, is_worker = self.popen.pid, self.number >= 0
+        role: Role = "worker" if is_worker else "coordinator"
+        rank = self.rank if is_worker and self.rank >= 0 else None
+        return ProcessEntry(self.name, role, rank, pid, self.incarnation, host, self.started, start_ticks(pid))
 
     # -- reading: what has come, and how many bytes that was; 0 at the end, NOTHING_YET where one would have to wait
     def read_output(self, fd: int, failed: Callable[[OSError], None]) -> tuple[list[str], int]:
@@ -161,21 +170,22 @@ class Child:
 def spawn(
     command: Sequence[str],
     environ: Mapping[str, str],
-    handoff: Callable[[int, int], tuple[str, str]],
+    handoff: Callable[[int, int], Mapping[str, str]],
     inherit: Sequence[int],
     *,
-    rank: int,
     name: str,
     incarnation: str,
+    number: int = -1,
+    slot: int = -1,
 ) -> Child:
-    """Start one rank.
+    """Start one process.
 
     Args:
         command: The interpreter and its arguments.
         environ: Its environment.
-        handoff: Given the descriptors of its life line and its reports, the variable that names its place.
+        handoff: Given the descriptors of its life line and its reports, the variables that tell it so.
         inherit: Further descriptors.
-        rank, name, incarnation: Who it is.
+        name, incarnation, number, slot: Who it is.
 
     Raises:
         OSError: The system does not give a process or a descriptor.
@@ -183,7 +193,7 @@ def spawn(
     life_reader, life_writer = os.pipe()
     report_reader, report_writer = os.pipe()
     try:
-        variable, value = handoff(life_reader, report_writer)
+        variables = handoff(life_reader, report_writer)
         popen = subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
@@ -191,7 +201,7 @@ def spawn(
             stderr=subprocess.PIPE,
             bufsize=0,
             pass_fds=(life_reader, report_writer, *inherit),
-            env={**environ, variable: value},
+            env={**environ, **variables},
             start_new_session=True,
         )
     except BaseException:
@@ -201,7 +211,7 @@ def spawn(
     finally:
         os.close(life_reader)
         os.close(report_writer)
-    child = Child(rank, name, incarnation, popen, os.pidfd_open(popen.pid), report_reader, life_writer)
+    child = Child(name, incarnation, number, slot, popen, os.pidfd_open(popen.pid), report_reader, life_writer)
     for fd in (*child.outputs, report_reader):
         os.set_blocking(fd, False)
     return child

@@ -35,9 +35,11 @@ VERBS = {
     "run": ("paceline.launch.commands.run", "run a script on several processes"),
     "demo": ("paceline.launch.demo", "write two examples and run them"),
     "explain": ("paceline.launch.commands.explain", "what an error code means, and what to do"),
-    "verify": ("paceline.launch.commands.verify", "prove from its ledger which rows a run has trained on"),
-    "hash": ("paceline.launch.commands.hash", "the hash of a run's final parameters"),
+    "verify": ("paceline.launch.commands.verify", "prove a run's ledger, or its checkpoints"),
+    "hash": ("paceline.launch.commands.hash", "the hash of a run's final parameters, or of a checkpoint's"),
+    "checkpoint": ("paceline.launch.commands.checkpoint", "to and from the formats of torch.save and DCP"),
     "logs": ("paceline.launch.commands.logs", "what the ranks of a run have printed"),
+    "join": ("paceline.launch.commands.join", "add workers to a run that is alive"),
     "stop": ("paceline.launch.commands.stop", "end a run at its next step"),
 }
 _FORMATS = ("text", "json")
@@ -87,7 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run_verb(verb: str, arguments: list[str]) -> int:
     module = importlib.import_module(VERBS[verb][0])
-    own, script_args = _split(arguments) if verb == "run" else (arguments, [])
+    own, script_args = _split(arguments) if verb in ("run", "join") else (arguments, [])
     parser = Parser(prog=f"paceline {verb}", description=VERBS[verb][1], allow_abbrev=False)
     module.add_arguments(parser)
     parser.add_argument("--format", choices=_FORMATS, default="text", help="for people, or one JSON object a line")

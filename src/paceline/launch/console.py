@@ -45,6 +45,10 @@ class Console:
         assert self._screen is not None
         return self._screen
 
+    def workers(self, count: int, noun: str) -> None:
+        self.screen.noun = noun
+        self._folder.resize(count)
+
     def output(self, rank: int, line: str, stream: str) -> None:
         self._folder.feed(rank, line, stream, time.monotonic())
 
@@ -104,7 +108,7 @@ class Console:
         if outcome.asked:
             own = [f for f in outcome.failures if not f.get("witness") and f.get("type") != "KeyboardInterrupt"]
             own = [f for f in own if failure.code(f) not in ("PL403", "PL404") and f.get("exit") != 130]
-            return [*failure.render(own, self._plan.processes), head]
+            return [*failure.render(own, self._plan.processes, outcome.noun), head]
         if outcome.mistake is not None:
             return [head, *outcome.mistake.render(), f"  more: paceline explain {outcome.mistake.code}"]
-        return [head, *failure.render(outcome.failures, self._plan.processes)]
+        return [head, *failure.render(outcome.failures, self._plan.processes, outcome.noun)]

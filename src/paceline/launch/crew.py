@@ -1,8 +1,12 @@
-"""The ranks of one run on this host: what they share is made, they are started, listed, and ended.
+"""The workers of one run on this host: what they share is made, they are started, listed, and ended.
 
 1. Two memory files, the board and the arena; they have no name, so nothing of them can be left behind.
 2. Where a wire of c10d may be used, a rendezvous behind a unix socket; its name is gone once all ranks have met.
-3. Each rank is a fresh interpreter (``worker``) in a session of its own, with one variable that says who it is.
+3. In an elastic run a secret, also in a memory file, and the coordinator.
+4. Each worker is a fresh interpreter (``worker``) in a session of its own, with one variable that says who it is.
+
+A worker has a *number*, the N of ``worker-N``, which is never given twice; and a *slot*, its page on the board, which a
+replacement may get again. In a run that is not elastic number, slot and rank are the same.
 """
 
 from __future__ import annotations
@@ -18,19 +22,24 @@ import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from paceline.launch.child import Child, spawn
+from paceline.launch.coordination import Coordination
 from paceline.launch.env import VARIABLE, Handoff
+from paceline.launch.host import Host
+from paceline.launch.muster import MOST_WORKERS
 from paceline.launch.rundir import ProcessEntry, RunDirectory, now_text, start_ticks
-from paceline.terms.activity import Board
+from paceline.terms.activity import Board, Snapshot
 from paceline.terms.errors import UsageError
 from paceline.terms.plan import Place, Plan
 
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 _WORKER = (sys.executable, "-m", "paceline.launch.worker")
+_RENDEZVOUS = "rendezvous"
+_FEWEST_SLOTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +51,49 @@ class Order:
         strategy_given: The command line named the strategy.
         function: For ``paceline.launch``: what to call, see ``function``.
         hang_after: Seconds without progress that are called a hang, or None for the observer's own measure.
+        listen: In an elastic run, where launchers of other machines may knock, see ``coordination``.
+        host: The launcher that has begun the run, when this one only joins it.
     """
 
     plan: Plan
     strategy_given: bool = False
     function: Mapping[str, Any] = field(default_factory=dict)
     hang_after: float | None = None
+    listen: str = ""
+    host: Host | None = None
+
+
+def slots(plan: Plan) -> int:
+    """Pages of the board: one a rank, or twice as many as there may be workers, so that the dead need not make room first."""
+    if not plan.elastic:
+        return plan.processes
+    return min(MOST_WORKERS, max(2 * plan.workers_max, _FEWEST_SLOTS))
 
 
 class Crew:
-    """The ranks. A context manager: whatever happens inside, no rank and no file outlives it.
+    """The workers. A context manager: whatever happens inside, no process and no file outlives it.
 
     Args:
         order: What to start.
         run: The run directory, or None to write nothing.
 
     Attributes:
-        board: What every rank is doing, and what it is told.
-        children: By rank, as far as they have been started.
+        board: What every worker is doing, and what it is told.
+        children: All workers that were started, by number.
+        coordination: In an elastic run: the coordinator, here or elsewhere.
     """
 
     def __init__(self, order: Order, run: RunDirectory | None) -> None:
         self._order, self._run = order, run
         self.size = order.plan.processes
-        self.children: list[Child] = []
+        self.children: dict[int, Child] = {}
+        self.coordination: Coordination | Host | None = None
+        self._on_page: list[Child | None] = [None] * slots(order.plan)
         self._stack = ExitStack()
         self._host = socket.gethostname()
         self._launcher = _own_entry(self._host)
         self._rendezvous: Path | None = None
+        self._arena_fd, self._store = -1, ""
         self._endpoints: list[dict[str, str]] = []
 
     def __enter__(self) -> Crew:
@@ -77,8 +101,9 @@ class Crew:
             self._stack = stack
             stack.callback(self._end_all)
             self._board_fd = self._memory_file("paceline-board")
-            os.ftruncate(self._board_fd, Board.nbytes(self.size))
-            self.board = Board(memoryview(mmap.mmap(self._board_fd, Board.nbytes(self.size))), self.size)
+            size = len(self._on_page)
+            os.ftruncate(self._board_fd, Board.nbytes(size))
+            self.board = Board(memoryview(mmap.mmap(self._board_fd, Board.nbytes(size))), size)
             self._function_fd = self._describe_function()
             self._start()
             self._stack = stack.pop_all()
@@ -88,31 +113,51 @@ class Crew:
         self._stack.close()
 
     @property
-    def alive(self) -> bool:
-        """Somebody still runs."""
-        return any(child.status is None for child in self.children)
+    def alive(self) -> list[Child]:
+        """Who still runs."""
+        return [child for child in self.children.values() if child.status is None]
 
     def signal(self, number: int, *, alone: bool = False, spare: Collection[int] = ()) -> None:
-        """Send a signal to every rank that runs and is not to be spared: its process group, or (`alone`) itself."""
-        for child in self.children:
-            if child.rank not in spare:
+        """Send a signal to every worker that runs and is not to be spared: its process group, or (`alone`) itself."""
+        for child in self.children.values():
+            if child.number not in spare:
                 child.signal(number, alone=alone)
+
+    def snapshots(self) -> list[Snapshot]:
+        """What is on the board, with the numbers of the workers instead of their pages."""
+        found = []
+        for slot, child in enumerate(self._on_page):
+            if child is not None:
+                snapshot = self.board.read(slot)
+                waits_for = [other.number for s in snapshot.waits_for if (other := self._on_page[s]) is not None]
+                found.append(replace(snapshot, rank=child.number, waits_for=tuple(waits_for)))
+        return sorted(found, key=lambda s: s.rank)
+
+    def release(self, child: Child) -> None:
+        """A worker that was lost needs its page no longer."""
+        if self._on_page[child.slot] is child:
+            self._on_page[child.slot] = None
 
     def enlist(self) -> None:
         """Bring ``processes.json`` up to date."""
         if self._run is not None:
-            alive = [child.entry(self._host) for child in self.children if child.status is None]
+            coordinator = self.coordination.child if self.coordination is not None else None
+            alive = [child.entry(self._host) for child in filter(None, (coordinator, *self.alive))]
             self._run.processes([self._launcher, *alive])
 
     def have_met(self) -> None:
         """All ranks are connected: the rendezvous loses its name."""
         if self._rendezvous is not None:
             shutil.rmtree(self._rendezvous, ignore_errors=True)
+            self._endpoints = [entry for entry in self._endpoints if entry["purpose"] != _RENDEZVOUS]
+            self._publish()
 
-    def listens(self, rank: int, addresses: Sequence[str]) -> None:
-        """A rank has opened these sockets to be connected to; ``endpoints.json`` tells."""
-        name = self.children[rank].name
-        self._endpoints += [{"name": name, "address": address, "purpose": "gloo"} for address in addresses]
+    def listens(self, name: str, addresses: Sequence[str], purpose: str) -> None:
+        """A process has opened these sockets to be connected to; ``endpoints.json`` tells."""
+        self._endpoints += [{"name": name, "address": address, "purpose": purpose} for address in addresses]
+        self._publish()
+
+    def _publish(self) -> None:
         if self._run is not None:
             self._run.endpoints(sorted(self._endpoints, key=lambda entry: (entry["name"], entry["address"])))
 
@@ -131,14 +176,30 @@ class Crew:
         return fd
 
     def _start(self) -> None:
-        wire = self._order.plan.wire
+        plan, first = self._order.plan, self._order.host.first if self._order.host is not None else 0
+        wire = plan.wire
         several = self.size > 1
-        arena_fd = self._make_arena() if several and wire != "torch" else -1
+        self._arena_fd = self._make_arena() if several and wire != "torch" else -1
         may_need_c10d = wire == "torch" or (wire == "auto" and any(map(os.path.exists, _ACCELERATORS)))
-        store = self._open_store() if several and may_need_c10d else ""
-        for rank in range(self.size):
-            self._start_rank(self._place(rank, arena_fd, store))
+        self._store = self._open_store() if several and may_need_c10d else ""
+        numbers = range(first, first + self.size)
+        incarnations = {number: secrets.token_hex(16) for number in numbers}
+        if plan.elastic:
+            self._coordinate({_name(number): incarnation for number, incarnation in incarnations.items()})
+        for number in numbers:
+            self.start_worker(number, incarnations[number])
         self.enlist()
+
+    def _coordinate(self, members: Mapping[str, str]) -> None:
+        assert self._run is not None
+        order = self._order
+        coordination: Coordination | Host
+        coordination = order.host or Coordination(order.plan, order.listen, self._run, members)
+        coordination.__enter__()
+        self._stack.push(coordination)
+        self.coordination = coordination
+        for name, address, purpose in coordination.endpoints():
+            self.listens(name, [address], purpose)
 
     def _make_arena(self) -> int:
         from paceline.group import arena
@@ -154,55 +215,88 @@ class Crew:
         self._stack.callback(shutil.rmtree, self._rendezvous, ignore_errors=True)
         path = self._rendezvous / "store"
         self._stack.callback(StoreServer(path).close)
+        self.listens("launcher", [f"unix:{path}"], _RENDEZVOUS)
         return f"unix:{path}"
 
-    def _start_rank(self, place: Place) -> None:
+    def start_worker(self, number: int, incarnation: str = "") -> Child:
+        """Start the worker of the next number on a free page of the board.
+
+        Raises:
+            UsageError: PL103, the system does not give a process; PL112, the board has no page for it.
+        """
+        if None not in self._on_page:
+            raise UsageError("PL112", f"all {len(self._on_page)} pages of the board are taken")
+        slot = self._on_page.index(None)
+        self.board.clear(slot)
+        place = self._place(number, slot, incarnation or secrets.token_hex(16))
         order = self._order
 
-        def handoff(life_fd: int, report_fd: int) -> tuple[str, str]:
+        def handoff(life_fd: int, report_fd: int) -> Mapping[str, str]:
             told = Handoff(place, os.getpid(), life_fd, report_fd, order.strategy_given, self._function_fd)
-            return VARIABLE, told.encode()
+            return {VARIABLE: told.encode()}
 
         environ = {**os.environ, **dict(order.plan.settings)}
-        inherit = [fd for fd in (place.board_fd, place.arena_fd, self._function_fd) if fd >= 0]
+        handles = (place.board_fd, place.arena_fd, place.secret_fd, self._function_fd)
         try:
             child = spawn(
-                _WORKER, environ, handoff, inherit, rank=place.rank, name=place.name, incarnation=place.incarnation
+                _WORKER,
+                environ,
+                handoff,
+                [fd for fd in handles if fd >= 0],
+                name=place.name,
+                incarnation=place.incarnation,
+                number=number,
+                slot=slot,
             )
         except OSError as error:
-            message = f"{self.size} processes were asked for, and the system refused number {place.rank + 1}: {error.strerror}"
+            message = (
+                f"{self.size} processes were asked for, and the system refused number {number + 1}: {error.strerror}"
+            )
             raise UsageError(
                 "PL103", message, help="ask for fewer, or raise the limits (`ulimit -u`, `ulimit -n`)."
             ) from error
-        self.children.append(child)
+        begins = self._order.host is None and number < self.size
+        child.rank = place.rank if begins else -1
+        self.children[number] = child
+        self._on_page[slot] = child
         child.log_fd = self._run.open_log(place.name) if self._run is not None else -1
+        return child
 
-    def _place(self, rank: int, arena_fd: int, store: str) -> Place:
+    def _place(self, number: int, slot: int, incarnation: str) -> Place:
+        coordination = self.coordination
         return Place(
-            rank=rank,
+            rank=number,
             size=self.size,
-            local_rank=rank,
+            local_rank=slot,
             local_size=self.size,
             host=self._host,
             hosts=(0,) * self.size,
-            name=f"rank{rank}",
-            incarnation=secrets.token_hex(16),
+            name=_name(number),
+            incarnation=incarnation,
             run_dir=self._run.path if self._run is not None else None,
             launcher="paceline",
             board_fd=self._board_fd,
-            arena_fd=arena_fd,
-            store=store,
+            arena_fd=self._arena_fd,
+            store=self._store,
             plan=self._order.plan,
+            slot=slot,
+            slots=len(self._on_page),
+            coordinator=coordination.address if coordination is not None else "",
+            secret_fd=coordination.secret_fd if coordination is not None else -1,
         )
 
     # -- ending
     def _end_all(self) -> None:
         self.signal(signal.SIGKILL)
-        for child in self.children:
+        for child in self.children.values():
             child.reap()
             child.close()
         if self._run is not None:
             self._run.processes([])
+
+
+def _name(number: int) -> str:
+    return f"worker-{number}"
 
 
 def _own_entry(host: str) -> ProcessEntry:

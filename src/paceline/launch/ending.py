@@ -19,7 +19,7 @@ from enum import IntEnum
 
 from paceline.observe.failure import Record, code
 from paceline.observe.hang import Finding
-from paceline.observe.words import ranks, verb
+from paceline.observe.words import RANK, ranks, verb
 
 WITNESS_GRACE = 1.0
 FAREWELL_GRACE = 5.0
@@ -71,9 +71,14 @@ Action = RequestStop | Abort | Signal | Say
 
 
 class Ending:
-    """Decides what happens next. Every method returns what is to be done now, in order."""
+    """Decides what happens next. Every method returns what is to be done now, in order.
 
-    def __init__(self) -> None:
+    Args:
+        joined: The run was begun by another launcher, and goes on when this one ends.
+    """
+
+    def __init__(self, *, joined: bool = False) -> None:
+        self._joined = joined
         self.stage = Stage.RUNNING
         self.asked = 0
         self.deadline: float | None = None
@@ -94,7 +99,7 @@ class Ending:
         return [] if self.ours else self._abort(now, rank)
 
     def mistake(self, now: float) -> list[Action]:
-        """The observer recognised something that no rank will ever get out of."""
+        """Something was recognised that the run will never get out of."""
         return [] if self.ours else self._abort(now)
 
     def signalled(self, number: int, now: float, in_loop: bool) -> list[Action]:
@@ -122,6 +127,8 @@ class Ending:
         return self._kill()
 
     def _stop(self, now: float, number: int, in_loop: bool) -> list[Action]:
+        if self._joined:
+            return [Say("leaving the run; the others go on"), *self._terminate(now)]
         if not in_loop:
             self.stage, self.deadline = Stage.STOPPING, now + KEYBOARD_GRACE
             return [Say("stopping: no rank is in its loop yet"), RequestStop(), Signal(signal.SIGINT, alone=True)]
@@ -175,17 +182,17 @@ def exit_code(asked: int, mistake: Finding | None, failures: Sequence[Record]) -
     return LOST if "signal" in first else FAILED
 
 
-def left_early(gone: Sequence[int], failures: Sequence[Record]) -> Finding | None:
+def left_early(gone: Sequence[int], failures: Sequence[Record], noun: str = RANK) -> Finding | None:
     """PL501 when the ranks in `gone` have ended their script well, and the only failures are of ranks that missed them."""
     own = [f for f in failures if not f.get("witness")]
     if not gone or not own or any(code(f) not in _WITNESSES for f in own):
         return None
     waited = [int(f["rank"]) for f in own]
     message = (
-        f"{ranks(gone)} ended {verb(gone, 'its script', 'their scripts')}, and {ranks(waited)} still "
+        f"{ranks(gone, noun)} ended {verb(gone, 'its script', 'their scripts')}, and {ranks(waited, noun)} still "
         f"{verb(waited, 'waits', 'wait')} for {verb(gone, 'it', 'them')}"
     )
-    lines = [f"rank {f['rank']}{_where(f)}: {f['message']}" for f in own]
+    lines = [f"{noun} {f['rank']}{_where(f)}: {f['message']}" for f in own]
     return Finding("PL501", message, tuple(lines), fatal=True)
 
 
@@ -194,12 +201,12 @@ def _where(failure: Record) -> str:
     return f" at {own[-1]['file']}:{own[-1]['line']}" if own else ""
 
 
-def differing(hashes: Mapping[int, str]) -> Finding | None:
+def differing(hashes: Mapping[int, str], noun: str = RANK) -> Finding | None:
     """PL507 when ranks ended with different parameters."""
     groups: dict[str, list[int]] = {}
     for rank, value in sorted(hashes.items()):
         groups.setdefault(value, []).append(rank)
     if len(groups) < 2:
         return None
-    told = "; ".join(f"{ranks(group)}: {value[:12]}" for value, group in groups.items())
+    told = "; ".join(f"{ranks(group, noun)}: {value[:12]}" for value, group in groups.items())
     return Finding("PL507", f"the hashes of the parameters are {told}", fatal=True)

@@ -70,15 +70,18 @@ class Handoff:
             ) from error
 
 
+def plan_from_json(raw: dict[str, Any]) -> Plan:
+    """The plan of its ``asdict``. Raises KeyError, TypeError or ValueError for anything else."""
+    args, settings = raw["script_args"], raw["settings"]
+    return Plan(**{**raw, "script_args": tuple(args), "settings": tuple((k, v) for k, v in settings)})
+
+
 def _place_from_json(raw: dict[str, Any]) -> Place:
-    plan = raw["plan"]
-    plan["script_args"] = tuple(plan["script_args"])
-    plan["settings"] = tuple((k, v) for k, v in plan["settings"])
     run_dir = Path(raw["run_dir"]) if raw["run_dir"] is not None else None
     missing = {f.name for f in fields(Place)} - raw.keys()
     if missing:
         raise KeyError(", ".join(sorted(missing)))
-    return Place(**{**raw, "plan": Plan(**plan), "run_dir": run_dir, "hosts": tuple(raw["hosts"])})
+    return Place(**{**raw, "plan": plan_from_json(raw["plan"]), "run_dir": run_dir, "hosts": tuple(raw["hosts"])})
 
 
 # ---- who started this process ---------------------------------------------------------------------------------------
@@ -262,7 +265,9 @@ def _joined(launcher: str, ranks: _Ranks, store: str) -> Place:
         local_rank=ranks.local_rank,
         local_size=ranks.local_size,
         hosts=tuple(r // ranks.local_size for r in range(ranks.size)),
-        name=f"rank{ranks.rank}",
+        name=f"worker-{ranks.rank}",
         launcher=launcher,
         store=store,
+        slot=ranks.rank,
+        slots=ranks.size,
     )

@@ -85,6 +85,9 @@ class _Quiet:
     def __init__(self, size: int) -> None:
         self._folder = Folder(size)
 
+    def workers(self, count: int, noun: str) -> None:
+        """Does not change: such a run is not elastic."""
+
     def output(self, rank: int, line: str, stream: str) -> None:
         self._folder.feed(rank, line, stream, time.monotonic())
 

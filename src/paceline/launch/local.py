@@ -1,8 +1,8 @@
-"""The launcher of one host: starts the ranks, watches them, and ends them. Never imports torch.
+"""The launcher of one host: starts the workers, watches them, and ends them. Never imports torch.
 
-One loop reads the ranks' output, their reports, their ends, and our signals; ten times a second it reads the board, shows it,
+One loop reads the workers' output, their reports, their ends, and our signals; ten times a second it reads the board, shows it,
 and asks the observer whether anything is wrong. What to do about an end or a signal is decided by ``ending``; this file only
-does it. Every way out is bounded in time, and none leaves a process, a socket or a file behind.
+does it; what an elastic run does about a loss is in ``elastic``. Every way out is bounded in time, and none leaves a process, a socket or a file behind.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from typing import Any, Protocol
 
 from paceline.launch import ending as ends
 from paceline.launch.child import Child
+from paceline.launch.coordination import Coordination
 from paceline.launch.crew import Crew, Order
-from paceline.launch.ending import Abort, Action, Ending, RequestStop, Say, Signal
+from paceline.launch.elastic import Elastic
+from paceline.launch.ending import Abort, Action, Ending, RequestStop, Say, Signal, Stage
+from paceline.launch.host import Host
 from paceline.launch.rundir import RunDirectory, State, now_text
 from paceline.launch.signals import Signals
 from paceline.observe import failure, hang
+from paceline.observe.words import RANK
 from paceline.terms.activity import Phase, Snapshot
 
 __all__ = ["Launcher", "Order", "Outcome", "View"]
@@ -41,6 +45,7 @@ class Outcome:
         mistake: What the observer recognised as the reason why no rank could go on, if it did.
         results: What launched functions returned, by rank.
         asked: The signal that asked for the end, or 0.
+        noun: What the numbers of the failures are called, see ``observe.words``.
     """
 
     exit_code: int
@@ -49,22 +54,26 @@ class Outcome:
     mistake: hang.Finding | None
     results: Mapping[int, Any]
     asked: int
+    noun: str = RANK
 
 
 class View(Protocol):
-    """Who shows the run to a person."""
+    """Who shows the run to a person. Workers are known by their numbers."""
+
+    def workers(self, count: int, noun: str) -> None:
+        """So many live from now on, and this is what their numbers are called."""
 
     def output(self, rank: int, line: str, stream: str) -> None:
-        """A line that a rank has printed to its ``stdout`` or ``stderr``."""
+        """A line that a worker has printed to its ``stdout`` or ``stderr``."""
 
     def say(self, lines: Sequence[str]) -> None:
         """Something the launcher has to say."""
 
     def report(self, rank: int, report: Mapping[str, Any]) -> None:
-        """A rank has reported: ``kind`` is ``adopt``, ``notice``, ``export`` or ``end``."""
+        """A worker has reported: ``kind`` is ``adopt``, ``notice``, ``export`` or ``end``."""
 
     def beat(self, snapshots: Sequence[Snapshot], now: float) -> None:
-        """Ten times a second: what every rank is doing."""
+        """Ten times a second: what every worker is doing."""
 
 
 class Launcher:
@@ -80,13 +89,15 @@ class Launcher:
     def __init__(self, order: Order, view: View, run: RunDirectory | None, catch: Sequence[signal.Signals]) -> None:
         self._crew = Crew(order, run)
         self._view, self._run, self._catch = view, run, catch
-        self._watch = hang.Watch(self._crew.size, after=order.hang_after)
-        self._ending = Ending()
+        self._watch = hang.Watch(after=order.hang_after)
+        self._ending = Ending(joined=order.host is not None)
         self._failures: list[failure.Record] = []
         self._mistake: hang.Finding | None = None
         self._results: dict[int, Any] = {}
         self._hashes: dict[int, str] = {}
         self._have_met = False
+        self._order = order
+        self._elastic: Elastic | None = None
 
     def execute(self, started: Callable[[], None] = lambda: None) -> Outcome:
         """Start everything, see it to its end, and leave nothing behind.
@@ -98,13 +109,20 @@ class Launcher:
             UsageError: PL103, the system does not give the processes; what was started is ended.
         """
         with Signals(self._catch) as signals, self._crew, selectors.DefaultSelector() as self._selector:
-            for child in self._crew.children:
+            for child in self._crew.children.values():
                 self._listen_to(child)
+            if self._crew.coordination is not None:
+                self._keep(self._crew.coordination)
             self._selector.register(signals, selectors.EVENT_READ, lambda: self._on_signals(signals))
             self._update(state="running")
             started()
             self._loop()
             return self._conclude()
+
+    def _keep(self, coordination: Coordination | Host) -> None:
+        """The run is elastic."""
+        self._elastic = Elastic(self._order.plan, self._crew, coordination, self._view.say, self._listen_to)
+        coordination.open(self._selector, self._view.say, self._crew.enlist, self._elastic.answer)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     def _listen_to(self, child: Child) -> None:
@@ -117,7 +135,7 @@ class Launcher:
         next_beat = time.monotonic()
         while self._crew.alive:
             for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
-                if key.fd in self._selector.get_map():  # not given back by an earlier one of this round
+                if self._selector.get_map().get(key.fd) is key:  # not given back by an earlier one of this round
                     key.data()
             now = time.monotonic()
             if now >= next_beat:
@@ -127,19 +145,30 @@ class Launcher:
     def _beat(self, now: float) -> None:
         snapshots = self._snapshots()
         self._view.beat(snapshots, now)
-        exited = {child.rank: child.status for child in self._crew.children if child.status is not None}
-        for finding in self._watch.examine(snapshots, exited, now):
-            self._on_finding(finding, now)
-        for straggler in self._watch.stragglers():
-            self._view.say([str(straggler)])
-        if not self._have_met and all(snapshot.adopted for snapshot in snapshots):
+        self._examine(snapshots, now)
+        if not self._have_met and self._elastic is None and all(snapshot.adopted for snapshot in snapshots):
             self._have_met = True
             self._crew.have_met()
+        if self._elastic is not None and not self._ending.ours:
+            self._elastic.tick(now)
+            self._end_if_hopeless(now)
         leaving = [s.rank for s in snapshots if s.phase in (Phase.FINISHED, Phase.FAILED)]
         self._do(self._ending.tick(now, leaving))
 
+    def _examine(self, snapshots: Sequence[Snapshot], now: float) -> None:
+        exited = {number: child.status for number, child in self._crew.children.items() if child.status is not None}
+        settled = True
+        if self._elastic is not None:
+            self._watch.noun, settled = self._elastic.noun, self._elastic.settled
+            snapshots = self._elastic.taking_part(snapshots)
+            exited = {s.rank: exited[s.rank] for s in snapshots if s.rank in exited}
+        for finding in self._watch.examine(snapshots, exited, now, settled=settled):
+            self._on_finding(finding, now)
+        for straggler in self._watch.stragglers():
+            self._view.say([straggler.render(self._watch.noun)])
+
     def _snapshots(self) -> list[Snapshot]:
-        return [self._crew.board.read(rank) for rank in range(self._crew.size)]
+        return self._crew.snapshots()
 
     # ---- what happens ---------------------------------------------------------------------------------------------
     def _on_output(self, child: Child, fd: int) -> int:
@@ -147,7 +176,7 @@ class Launcher:
         lines, count = child.read_output(fd, self._log_failed)
         stream = "stdout" if fd == child.outputs[0] else "stderr"
         for line in lines:
-            self._view.output(child.rank, line, stream)
+            self._view.output(child.number, line, stream)
         if count == 0:
             self._selector.unregister(fd)
         return count
@@ -166,48 +195,100 @@ class Launcher:
 
     def _on_report(self, child: Child, report: dict[str, Any]) -> None:
         match report.pop("kind"):
+            case "fault" if self._elastic is not None and self._elastic.bears(child, report):
+                pass  # its end follows
             case "fault":
                 self._failed(child, report)
-                self._do(self._ending.failed(child.rank, time.monotonic()))
+                self._do(self._ending.failed(child.number, time.monotonic()))
             case "result":
-                self._results[child.rank] = report["value"]
+                self._results[child.number] = report["value"]
             case "listening":
-                self._crew.listens(child.rank, report["addresses"])
+                self._crew.listens(child.name, report["addresses"], "gloo")
+            case "view" if self._elastic is not None:
+                self._on_view(self._elastic, child, report)
+            case "leave" if self._elastic is not None:
+                self._elastic.leaves(child, report["why"], time.monotonic())
             case kind:
-                self._note(child.rank, kind, report)
-                self._view.report(child.rank, {"kind": kind, **report})
+                self._note(child.number, kind, report)
+                self._view.report(child.number, {"kind": kind, **report})
 
-    def _note(self, rank: int, kind: str, report: Mapping[str, Any]) -> None:
+    def _on_view(self, elastic: Elastic, child: Child, report: Mapping[str, Any]) -> None:
+        """A worker has entered an epoch. Nobody may have ended its script well by then: all end together."""
+        ended = [s for s in self._snapshots() if s.phase is Phase.FINISHED]
+        finding = elastic.left_behind(ended, report)
+        elastic.view(child, report)
+        self._count()
+        if finding is not None:
+            self._on_finding(finding, time.monotonic())
+
+    def _note(self, number: int, kind: str, report: Mapping[str, Any]) -> None:
         if kind == "end" and report.get("hash"):
-            self._hashes[rank] = report["hash"]
-        if kind == "adopt" and rank == 0:
+            self._hashes[number] = report["hash"]
+        if kind == "adopt" and number == 0:
             self._update(**{key: report.get(key) for key in ("strategy", "wire", "describe")})
 
     def _on_exit(self, child: Child) -> None:
-        """A rank has ended. The others are told before anything else is done about it."""
+        """A worker has ended. The others are told before anything else is done about it."""
         self._selector.unregister(child.pidfd)
         ours, status, now = self._ending.ours, child.final_status(), time.monotonic()
-        self._do(self._ending.exited(child.rank, status, now))
+        if self._elastic is not None:
+            self._elastic.certify(child, status)
+            self._read_out(child.report_fd, partial(self._on_reports, child))  # why, before it is decided what follows
+        if self._elastic is None or not self._elastic.tolerates(child, status):
+            self._do(self._ending.exited(child.number, status, now))
         child.reap()
         self._drain(child)
-        if status != 0 and not any(f["rank"] == child.rank for f in self._failures):
-            make = failure.killed if status < 0 else failure.exited
-            self._failed(child, make(abs(status), now, self._crew.board.read(child.rank), witness=ours))
+        child.close()
+        if self._elastic is not None and not ours and (status == 0 or self._elastic.tolerates(child, status)):
+            self._bear(self._elastic, child, status, now)
+        elif status != 0 and not any(f["rank"] == child.number for f in self._failures):
+            self._failed(child, self._record(child, status, now, witness=ours))
+        self._count()
         self._crew.enlist()
 
+    def _bear(self, elastic: Elastic, child: Child, status: int, now: float) -> None:
+        """A worker has ended, and the run goes on."""
+        if status == 0:
+            elastic.finished(child, now)
+            return
+        step = max((snapshot.step for snapshot in self._snapshots()), default=0)
+        record = self._named(child, self._record(child, status, now))
+        elastic.lost(child, status, record, step, now, replace=self._ending.stage is Stage.RUNNING)
+        self._end_if_hopeless(now)
+
+    def _end_if_hopeless(self, now: float) -> None:
+        if self._elastic is not None and self._elastic.given_up:
+            self._do(self._ending.mistake(now))
+
+    def _record(self, child: Child, status: int, now: float, *, witness: bool = False) -> failure.Record:
+        make = failure.killed if status < 0 else failure.exited
+        return make(abs(status), now, self._crew.board.read(child.slot), witness=witness)
+
+    def _named(self, child: Child, record: failure.Record) -> failure.Record:
+        return {**record, "rank": child.number, "name": child.name}
+
     def _failed(self, child: Child, record: failure.Record) -> None:
-        self._failures.append({**record, "rank": child.rank, "name": child.name})
+        self._failures.append(self._named(child, record))
+
+    def _count(self) -> None:
+        """Say who is left."""
+        if self._elastic is not None:
+            self._view.workers(len(self._crew.alive), self._elastic.noun)
 
     def _drain(self, child: Child) -> None:
         """Read what is left in the pipes: their ends may be held open by a process that has left the rank's session."""
         registered = self._selector.get_map()
         sources = [(fd, partial(self._on_output, child, fd)) for fd in child.outputs]
         for fd, read in [*sources, (child.report_fd, partial(self._on_reports, child))]:
-            for _ in range(_MOST_READS):
-                if fd not in registered or read() <= 0:
-                    break
+            self._read_out(fd, read)
             if fd in registered:
                 self._selector.unregister(fd)
+
+    def _read_out(self, fd: int, read: Callable[[], int]) -> None:
+        """Read what has come, as long as the descriptor is ours to read."""
+        for _ in range(_MOST_READS):
+            if fd not in self._selector.get_map() or read() <= 0:
+                break
 
     def _on_finding(self, finding: hang.Finding, now: float) -> None:
         if not finding.fatal:
@@ -236,16 +317,21 @@ class Launcher:
     # ---- the end --------------------------------------------------------------------------------------------------
     def _conclude(self) -> Outcome:
         """Name the cause."""
-        asked = self._ending.asked
+        asked, elastic = self._ending.asked, self._elastic
+        if elastic is not None and not asked and (self._failures or elastic.given_up):
+            self._failures += elastic.causes
+        noun = elastic.noun if elastic is not None else RANK
         if not asked:
             gone = [s.rank for s in self._snapshots() if s.phase is Phase.FINISHED]
-            said = ends.left_early(gone, self._failures) if self._failures else ends.differing(self._hashes)
+            said = ends.left_early(gone, self._failures, noun) if self._failures else ends.differing(self._hashes, noun)
             self._mistake = self._mistake or said
         code = ends.exit_code(asked, self._mistake, self._failures)
+        if elastic is not None and elastic.given_up and not asked:
+            code = ends.LOST
         states: dict[int, State] = {ends.OK: "finished", ends.LOST: "lost"}
         state: State = "stopped" if asked else states.get(code, "failed")
         self._update(state=state, exit_code=code, ended=now_text())
-        return Outcome(code, state, tuple(self._failures), self._mistake, self._results, asked)
+        return Outcome(code, state, tuple(self._failures), self._mistake, self._results, asked, noun)
 
     def _update(self, **fields: Any) -> None:
         if self._run is not None:

@@ -26,7 +26,12 @@ _KINDS: dict[str, type] = {
     "wire": str,
     "stop_on_nan": bool,
     "settings": dict,
+    "workers_min": int,
+    "workers_max": int,
+    "checkpoint": str,
+    "resume": str,
 }
+_LEFT_OUT = ("strategy", "workers_min", "workers_max", "checkpoint", "resume")  # where they are empty or 0
 
 
 def emit(plan: Plan) -> str:
@@ -34,7 +39,7 @@ def emit(plan: Plan) -> str:
     lines = []
     for f in fields(plan):
         value = getattr(plan, f.name)
-        if f.name != "settings" and value is not None and not (f.name == "strategy" and value == ""):
+        if f.name != "settings" and value is not None and not (f.name in _LEFT_OUT and not value):
             lines.append(f"{f.name} = {_value(value)}\n")
     lines.append("\n[settings]\n")
     lines += [f"{name if _BARE.fullmatch(name) else _text(name)} = {_text(value)}\n" for name, value in plan.settings]

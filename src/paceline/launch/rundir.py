@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,9 +22,22 @@ from typing import Any, Literal
 from paceline.launch import plan_file
 from paceline.terms.errors import FileError, UsageError
 from paceline.terms.plan import Plan
+from paceline.train.checkpoint_files import EARLIER, attempts
 
+Role = Literal["launcher", "coordinator", "worker"]
 State = Literal["starting", "running", "finished", "failed", "stopped", "lost"]
 HOME = Path("runs")
+_OF_AN_ATTEMPT = (
+    "events",
+    "ledger",
+    "logs",
+    "membership.journal",
+    "model.safetensors",
+    "plan.toml",
+    "endpoints.json",
+    "processes.json",
+    "run.json",  # last: as long as it is there, this is not done
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +45,9 @@ class ProcessEntry:
     """One living process of the run, a line of ``processes.json``.
 
     Attributes:
-        name: ``launcher`` or ``rank3``.
-        role: ``launcher`` or ``worker``.
-        rank: None for the launcher.
+        name: ``launcher``, ``coordinator`` or ``worker-3``.
+        role: What it is there for.
+        rank: Of a worker that takes part; in an elastic run it may change.
         pid: Process id on `host`.
         incarnation: New for each process start, 32 hexadecimal digits.
         host: Where the pid means something.
@@ -42,7 +56,7 @@ class ProcessEntry:
     """
 
     name: str
-    role: Literal["launcher", "worker"]
+    role: Role
     rank: int | None
     pid: int
     incarnation: str
@@ -71,8 +85,11 @@ def default_name(script: str) -> str:
     return f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def choose_path(script: str, name: str | None, run_dir: str | None) -> Path:
+def choose_path(script: str, name: str | None, run_dir: str | None, again: bool = False) -> Path:
     """Where a new run lives: ``--run-dir`` itself, or a name below ``runs/``.
+
+    Args:
+        again: A run that has ended there is begun again.
 
     Raises:
         UsageError: PL105, the name is no name, or a run lives there already.
@@ -80,11 +97,38 @@ def choose_path(script: str, name: str | None, run_dir: str | None) -> Path:
     if name is not None and (not name or "/" in name or name in (".", "..") or "\0" in name):
         raise UsageError("PL105", f"--name {name!r}: a name is one part of a path", help="use --run-dir for a path.")
     path = Path(run_dir) if run_dir is not None else HOME / (name or default_name(script))
-    if (path / "run.json").exists():
-        raise UsageError(
-            "PL105", f"{path} holds a run already", help="choose another --name or --run-dir, or remove it."
-        )
+    if (path / "run.json").exists() and not again:
+        help = "choose another --name or --run-dir, or remove it; `--resume auto` goes on with it."
+        raise UsageError("PL105", f"{path} holds a run already", help=help)
+    if again and (launcher := alive_launcher(path)):
+        help = f"`paceline stop {path}` ends it."
+        raise UsageError("PL105", f"the run of {path} is alive: its launcher is process {launcher}", help=help)
     return path
+
+
+def alive_launcher(path: Path) -> int:
+    """The process of a run's launcher, if it lives on this host; else 0."""
+    try:
+        entries = json.loads((path / "processes.json").read_bytes())
+        for entry in entries:
+            here = entry["role"] == "launcher" and entry["host"] == socket.gethostname()
+            if here and start_ticks(entry["pid"]) == entry["ticks"] != 0:
+                return int(entry["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return 0
+
+
+def set_aside(path: Path) -> None:
+    """What an earlier attempt at this run has left goes to ``earlier/1``, ``earlier/2`` …; its checkpoints stay."""
+    if not (path / "run.json").exists():
+        return
+    place = path / EARLIER / str(attempts(path) + 1)
+    place.mkdir(parents=True)
+    (path / "secret").unlink(missing_ok=True)
+    for name in _OF_AN_ATTEMPT:
+        if (path / name).exists():
+            (path / name).rename(place / name)
 
 
 def find(text: str) -> Path:
@@ -132,6 +176,7 @@ class RunDirectory:
         """Make the directory with everything that is known before the start. Raises FileError PL601."""
         run = cls(path.absolute())
         try:
+            set_aside(run.path)
             for name in ("events", "ledger", "logs"):
                 (run.path / name).mkdir(parents=True, exist_ok=True)
             run._record = {"state": "starting", "plan": asdict(plan) | {"settings": dict(plan.settings)}, **record}
@@ -155,6 +200,20 @@ class RunDirectory:
     def endpoints(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Every listening socket of the run."""
         self._try(lambda: self._replace("endpoints.json", _lines(entries)))
+
+    def secret(self, secret: bytes) -> None:
+        """Keep the run's secret for ``paceline join``, readable by nobody else. Raises FileError PL601."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            (self.path / "secret").unlink(missing_ok=True)  # of a launcher that was killed
+            with open(os.open(self.path / "secret", flags, 0o600), "w") as file:
+                file.write(secret.hex() + "\n")
+        except OSError as error:
+            raise FileError("PL601", f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def forget_secret(self) -> None:
+        """The run has ended."""
+        self._try(lambda: (self.path / "secret").unlink(missing_ok=True))
 
     def open_log(self, name: str) -> int:
         """A descriptor that appends to ``logs/NAME.log``, or -1 when it cannot be had."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from paceline.exchange.chain import Exchange
+    from paceline.group.reunion import Reunion
     from paceline.group.wire import Wire
     from paceline.observe.events import EventWriter
     from paceline.observe.heartbeat import Heartbeat
@@ -38,10 +39,14 @@ if TYPE_CHECKING:
 DEFAULT_STRATEGY = "ddp()"
 _REPORTED = (
     "adopt",
+    "view",
     "notice",
     "export",
     "end",
 )  # events that the launcher must hear of at once, whatever becomes of the disk
+
+
+_SECRET = 32  # bytes
 
 
 class Session:
@@ -56,7 +61,7 @@ class Session:
 
     def __init__(self, place: Place, board: Board, sink: Sink = ignore, strategy_given: bool = False) -> None:
         self.place, self.board, self.sink = place, board, sink
-        self.activity = board.activity(place.rank)
+        self.activity = board.activity(place.slot)
         self._strategy_given = strategy_given
         self._job: Job | None = None
 
@@ -75,7 +80,7 @@ class Session:
         if self._job is None:
             from paceline.train.job import Job
 
-            self._job = Job(self.place, self._connect, self.sink, self.activity)
+            self._job = Job(self.place, self._connect, self.sink, self.activity, self._reunion())
         if strategy is not None and self._strategy_given:
             self._say_overridden(strategy)
         elif strategy is not None:
@@ -86,6 +91,24 @@ class Session:
         from paceline.launch.connect import open_wire
 
         return open_wire(self.place, device, self.activity, self.board, self.sink)
+
+    def _reunion(self) -> Reunion | None:
+        """How this process meets the other members of an elastic run."""
+        place = self.place
+        if not place.coordinator:
+            return None
+        from paceline.group.member import Member
+        from paceline.group.reunion import Reunion
+        from paceline.group.secure import connect
+        from paceline.group.view import Identity
+        from paceline.launch.connect import host_identity
+
+        secret = os.pread(place.secret_fd, _SECRET, 0)
+        host = host_identity()
+        identity = Identity(place.name, place.incarnation)
+        about = {"host": host, "pid": os.getpid(), "slot": place.slot}
+        member = Member(lambda: connect(place.coordinator, secret, "worker", 5.0), identity, about)
+        return Reunion(member, host, place.slot, self.board, self.activity)
 
     def _say_overridden(self, strategy: str | Exchange) -> None:
         from paceline.exchange.strategy import build
@@ -114,8 +137,8 @@ class LaunchedSession(Session):
         place = handoff.place
         if not place.plan.strategy:
             place = replace(place, plan=replace(place.plan, strategy=DEFAULT_STRATEGY))
-        memory = mmap.mmap(place.board_fd, Board.nbytes(place.size))
-        super().__init__(place, Board(memoryview(memory), place.size), self._take, handoff.strategy_given)
+        memory = mmap.mmap(place.board_fd, Board.nbytes(place.slots))
+        super().__init__(place, Board(memoryview(memory), place.slots), self._take, handoff.strategy_given)
         self.activity.register(os.getpid())
         self._report_fd, self._sending = handoff.report_fd, threading.Lock()
         path = place.run_dir / "events" / f"{place.name}.jsonl" if place.run_dir is not None else None

@@ -60,7 +60,7 @@ def tie_to_launcher(handoff: Handoff) -> None:
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     life = handoff.life_fd
-    for fd in (life, handoff.report_fd, handoff.place.board_fd, handoff.place.arena_fd):
+    for fd in (life, handoff.report_fd, handoff.place.board_fd, handoff.place.arena_fd, handoff.place.secret_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)
     try:

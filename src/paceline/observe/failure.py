@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.observe.record import Record, exited, killed, record, signal_name
-from paceline.observe.words import duration, ranks, verb
+from paceline.observe.words import RANK, duration, ranks, verb
 from paceline.terms.errors import EXPLANATIONS
 
 __all__ = ["Record", "code", "exited", "killed", "record", "render", "signal_name"]
@@ -54,12 +54,13 @@ _HINTS = (
 )
 
 
-def render(failures: Sequence[Record], total: int) -> list[str]:
+def render(failures: Sequence[Record], total: int, noun: str = RANK) -> list[str]:
     """Lines for people: witnesses folded, other failures one line each, the cause last and in full.
 
     Args:
         failures: Records of :mod:`paceline.observe.record`, each with ``rank`` (and ``name``) added.
         total: Number of ranks of the run.
+        noun: What a number is called, see ``words``.
     """
     if not failures:
         return []
@@ -67,11 +68,11 @@ def render(failures: Sequence[Record], total: int) -> list[str]:
     causes = [f for f in ordered if not _witness(f, ordered)] or ordered[:1]
     first, *others = _groups(causes)
     witnesses = [f for f in ordered if not any(f is member for group in (first, *others) for member in group)]
-    lines = _witness_lines(witnesses)
+    lines = _witness_lines(witnesses, noun)
     for group in reversed(others):
         later = duration(group[0].get("mono", 0.0) - first[0].get("mono", 0.0))
-        lines.append(f"{_who(group)} failed {later} later: {_headline(group[0])}{_at(group[0])}")
-    return lines + ([""] if lines else []) + _in_full(first, total)
+        lines.append(f"{_who(group, noun)} failed {later} later: {_headline(group[0])}{_at(group[0])}")
+    return lines + ([""] if lines else []) + _in_full(first, total, noun)
 
 
 def code(failure: Record) -> str:
@@ -102,15 +103,15 @@ def _groups(failures: Sequence[Record]) -> list[list[Record]]:
     return list(groups.values())
 
 
-def _witness_lines(witnesses: Sequence[Record]) -> list[str]:
+def _witness_lines(witnesses: Sequence[Record], noun: str) -> list[str]:
     numbers = [int(f.get("rank", 0)) for f in witnesses]
     if not numbers:
         return []
-    return [f"{ranks(numbers)} {verb(numbers, 'was ended as a witness', 'were ended as witnesses')}"]
+    return [f"{ranks(numbers, noun)} {verb(numbers, 'was ended as a witness', 'were ended as witnesses')}"]
 
 
-def _who(group: Sequence[Record]) -> str:
-    return ranks([int(f.get("rank", 0)) for f in group])
+def _who(group: Sequence[Record], noun: str) -> str:
+    return ranks([int(f.get("rank", 0)) for f in group], noun)
 
 
 def _headline(failure: Record) -> str:
@@ -136,10 +137,10 @@ def _own_frame(failure: Record) -> Record | None:
     return next((f for f in reversed(frames) if f.get("user")), frames[-1] if frames else None)
 
 
-def _in_full(group: Sequence[Record], total: int) -> list[str]:
+def _in_full(group: Sequence[Record], total: int, noun: str) -> list[str]:
     failure = group[0]
     everybody = len(group) == total > 1
-    who = "all ranks" if everybody else _who(group)
+    who = f"all {noun}s" if everybody else _who(group, noun)
     lines: list[str] = []
     for link in reversed(failure.get("chain") or []):
         lines += _chain_lines(link)

@@ -13,9 +13,12 @@ waited although its answer has arrived. So a fatal rule needs a heartbeat of eve
 than the situation: the process ran, and still could not go on. For the same reason a stall is counted in examinations,
 each worth at most half a second, and not in the difference of two clock readings.
 
+**Ranks that regroup are no hang.** While members of an elastic run agree on who takes part, some wait for one that is gone
+and others for the agreement: nothing is fatal then, and pauses are long.
+
 **What is slow is no hang.** Nothing is said before ``max(10 s, 20 times the median step)`` without any movement, and not
-before a minute where long pauses are ordinary: while the duration of a step is not known, inside ``torch.compile``, and while no rank waits
-for another.
+before a minute where long pauses are ordinary: while the duration of a step is not known, inside ``torch.compile``, while
+ranks regroup, and while no rank waits for another.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from paceline.observe.pace import Pace, Straggler, Stragglers
-from paceline.observe.words import COMPILING, doing, duration, kind, ranks, spans, verb
-from paceline.terms.activity import Phase, Snapshot
+from paceline.observe.words import COMPILING, RANK, doing, duration, kind, ranks, spans, verb
+from paceline.terms.activity import REGROUP, Phase, Snapshot
 from paceline.terms.errors import EXPLANATIONS
 
 __all__ = ["Finding", "Straggler", "Watch"]
@@ -69,13 +72,15 @@ class Watch:
     """Remembers what it was shown; see the module for its rules.
 
     Args:
-        size: Number of ranks.
         after: Seconds without movement after which PL504 and PL506 speak, instead of 10 and 60; 20 times the median
             step holds nevertheless.
+
+    Attributes:
+        noun: What the numbers of the snapshots are called, see ``words``.
     """
 
-    def __init__(self, size: int, *, after: float | None) -> None:
-        self.size = size
+    def __init__(self, *, after: float | None) -> None:
+        self.noun = RANK
         self._after = after
         self._pace = Pace()
         self._stragglers = Stragglers()
@@ -83,20 +88,25 @@ class Watch:
         self._last: float | None = None
         self._said: dict[str, tuple[object, ...]] = {}
 
-    def examine(self, snapshots: Sequence[Snapshot], exited: Mapping[int, int], now: float) -> list[Finding]:
+    def examine(
+        self, snapshots: Sequence[Snapshot], exited: Mapping[int, int], now: float, *, settled: bool = True
+    ) -> list[Finding]:
         """What is recognised now and was not said before in this stall.
 
         Args:
-            snapshots: One for each rank.
-            exited: Exit status of the ranks whose process has ended.
+            snapshots: One for each rank that takes part, or has taken part to its end.
+            exited: Exit status of those whose process has ended.
             now: Seconds on the clock of the snapshots.
+            settled: False from a loss until those that are left have agreed on what follows from it.
         """
         self._follow(snapshots, exited, now)
         if any(status != 0 for status in exited.values()) or any(s.phase is Phase.FAILED for s in snapshots):
             return []  # what follows a failure is the launcher's to tell
         ended = [s for s in snapshots if exited.get(s.rank) == 0 or s.phase is Phase.FINISHED]
         live = [s for s in snapshots if s not in ended]
-        finding = self._ended(ended, live, now) or self._crossed(live, now) or self._still(live, now)
+        settled = settled and not any(_regroups(s) for s in live)
+        finding = self._ended(ended, live, now) or self._crossed(live, now) if settled else None
+        finding = finding or self._still(live, now, settled)
         return [finding] if finding is not None and self._is_news(finding, snapshots) else []
 
     def stragglers(self) -> list[Straggler]:
@@ -165,11 +175,11 @@ class Watch:
             return None
         steps = spans(s.step for s in ended)
         message = (
-            f"{ranks(gone)} ended {verb(gone, 'its', 'their')} script after step {steps}, and "
-            f"{ranks([s.rank for s in waiting])} {verb(_numbers(waiting), 'waits', 'wait')} for "
+            f"{ranks(gone, self.noun)} ended {verb(gone, 'its', 'their')} script after step {steps}, and "
+            f"{ranks(_numbers(waiting), self.noun)} {verb(_numbers(waiting), 'waits', 'wait')} for "
             f"{verb(gone, 'it', 'them')} in {_operations(waiting)}"
         )
-        return Finding("PL501", message, _table([*ended, *live], now), fatal=True)
+        return Finding("PL501", message, _table([*ended, *live], now, self.noun), fatal=True)
 
     def _crossed(self, live: Sequence[Snapshot], now: float) -> Finding | None:
         kinds = _by_kind(live)
@@ -177,30 +187,30 @@ class Watch:
         stuck = len(kinds) > 1 and all(s.phase is Phase.WAIT and s.what for s in live)
         if not stuck or self._still_for(live) < patience or not self._awake(live):
             return None
-        message = "ranks wait for each other in different operations: " + ", ".join(
-            f"{ranks(_numbers(group))} in `{group[0].what}`" for group in kinds.values()
+        message = f"{self.noun}s wait for each other in different operations: " + ", ".join(
+            f"{ranks(_numbers(group), self.noun)} in `{group[0].what}`" for group in kinds.values()
         )
-        return Finding("PL505", message, (*_table(live, now), _why_crossed(kinds)), fatal=True)
+        return Finding("PL505", message, (*_table(live, now, self.noun), _why_crossed(kinds, self.noun)), fatal=True)
 
-    def _still(self, live: Sequence[Snapshot], now: float) -> Finding | None:
+    def _still(self, live: Sequence[Snapshot], now: float, settled: bool) -> Finding | None:
         still = self._still_for(live)
-        if not live or still < self._patience(live):
+        if not live or still < self._patience(live, settled):
             return None
         reading = [s for s in live if s.phase is Phase.INPUT]
         if reading and all(s.phase in (Phase.INPUT, Phase.WAIT) for s in live):
             who = _numbers(reading)
             message = (
-                f"the data {verb(who, 'loader', 'loaders')} of {ranks(who)} {verb(who, 'has', 'have')} given no batch "
+                f"the data {verb(who, 'loader', 'loaders')} of {ranks(who, self.noun)} {verb(who, 'has', 'have')} given no batch "
                 f"for {duration(still)}" + (", and all others wait" if len(reading) < len(live) else "")
             )
-            return Finding("PL506", message, _table(live, now))
+            return Finding("PL506", message, _table(live, now, self.noun))
         message = f"nothing has moved for {duration(still)}"
         if self._pace.median is not None:
             message += f" (a step takes {duration(self._pace.median)})"
-        return Finding("PL504", message, (*_table(live, now), *_why_still(live, now)))
+        return Finding("PL504", message, (*_table(live, now, self.noun), *_why_still(live, now, self.noun)))
 
-    def _patience(self, live: Sequence[Snapshot]) -> float:
-        ordinary = self._pace.median is None or any(COMPILING in s.where for s in live)
+    def _patience(self, live: Sequence[Snapshot], settled: bool) -> float:
+        ordinary = not settled or self._pace.median is None or any(COMPILING in s.where for s in live)
         nobody_waits = all(s.phase in (Phase.COMPUTE, Phase.STARTING) for s in live)
         quiet = _QUIET_LONG if ordinary or nobody_waits else _QUIET
         return max(self._after if self._after is not None else quiet, _STEPS * (self._pace.median or 0.0))
@@ -217,22 +227,26 @@ def _by_kind(snapshots: Sequence[Snapshot]) -> dict[str, list[Snapshot]]:
     return groups
 
 
+def _regroups(snapshot: Snapshot) -> bool:
+    return snapshot.phase is Phase.WAIT and kind(snapshot.what) == REGROUP
+
+
 def _operations(snapshots: Sequence[Snapshot]) -> str:
     names = list(dict.fromkeys(f"`{s.what}`" for s in snapshots if s.what))
     return ", ".join(names[:4]) or "an exchange"
 
 
-def _table(snapshots: Sequence[Snapshot], now: float) -> tuple[str, ...]:
+def _table(snapshots: Sequence[Snapshot], now: float, noun: str) -> tuple[str, ...]:
     """One line for each rank; ranks that do the same at the same place share one."""
     groups: dict[tuple[object, ...], list[Snapshot]] = {}
     for s in sorted(snapshots, key=lambda s: s.rank):
         alone = s.phase is not Phase.WAIT or _is_silent(s, now)
         key = (s.rank,) if alone else (s.phase, kind(s.what), s.where, s.step)
         groups.setdefault(key, []).append(s)
-    rows = [(ranks(_numbers(group)), group) for group in groups.values()]
+    rows = [(ranks(_numbers(group), noun), group) for group in groups.values()]
     width = max((len(name) for name, _ in rows), default=0)
     lines = [
-        f"{name:<{width}}  {doing(group[0], now, len(group) > 1)}{_beat(group[0], now)}"
+        f"{name:<{width}}  {doing(group[0], now, len(group) > 1, noun)}{_beat(group[0], now)}"
         for name, group in rows[:_TABLE]
     ]
     return tuple(lines) + ((f"and {len(rows) - _TABLE} more",) if len(rows) > _TABLE else ())
@@ -247,31 +261,34 @@ def _is_silent(snapshot: Snapshot, now: float) -> bool:
     return snapshot.phase not in (Phase.FINISHED, Phase.FAILED) and 0 < snapshot.beat < now - _SILENT
 
 
-def _why_crossed(kinds: dict[str, list[Snapshot]]) -> str:
+def _why_crossed(kinds: dict[str, list[Snapshot]], noun: str) -> str:
     """The classic mistakes, by who is alone with which operation."""
     backward = kinds.get("backward")
     if backward is None:
         return "likely cause: a collective call under a condition that differs between ranks, such as `if rank == 0`"
     elsewhere = [s for name, group in kinds.items() if name != "backward" for s in group]
-    reached = f"{ranks(_numbers(elsewhere))} reached {_operations(elsewhere)}, {ranks(_numbers(backward))} did not"
+    there, here = ranks(_numbers(elsewhere), noun), ranks(_numbers(backward), noun)
+    reached = f"{there} reached {_operations(elsewhere)}, {here} did not"
     if len(elsewhere) <= len(backward):
         return f"likely cause: {reached}: a collective call under `if rank == 0`"
     return f"likely cause: {reached}: loops of different length"
 
 
-def _why_still(live: Sequence[Snapshot], now: float) -> tuple[str, ...]:
+def _why_still(live: Sequence[Snapshot], now: float, noun: str) -> tuple[str, ...]:
     """The likely cause, from who does not wait."""
     silent = [s.rank for s in live if _is_silent(s, now)]
     if silent:
         return (
-            f"likely cause: {ranks(silent)} {verb(silent, 'does', 'do')} not respond: stopped (SIGSTOP, a debugger), "
+            f"likely cause: {ranks(silent, noun)} {verb(silent, 'does', 'do')} not respond: stopped (SIGSTOP, a debugger), "
             "or in C code that holds the interpreter",
         )
     busy = [s for s in live if s.phase is not Phase.WAIT]
+    if not busy and any(map(_regroups, live)):
+        return ("likely cause: those that take part cannot agree on who is left; `logs/coordinator.log` may say why",)
     if not busy:
         return ("likely cause: the transport; all ranks wait, and none has anything left to do",)
     if len(busy) < len(live):
         places = ", ".join(dict.fromkeys(s.where for s in busy if s.where))
         at = f" at {places}" if places else ""
-        return (f"likely cause: {ranks(_numbers(busy))}, on whom the others wait{at}",)
+        return (f"likely cause: {ranks(_numbers(busy), noun)}, on whom the others wait{at}",)
     return ("no rank waits for another: a long computation, or a loop that does not end",)

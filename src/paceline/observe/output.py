@@ -51,16 +51,23 @@ class Folder:
 
     Args:
         size: Number of ranks.
-        window: Seconds that a line waits for its equals.
+        window: Seconds that a line waits for its equals, once there are several ranks.
     """
 
     def __init__(self, size: int, window: float = 0.15) -> None:
-        self.size = size
-        self.window = window if size > 1 else 0.0
+        self._window = window
+        self._labelled = False
+        self.resize(size)
         self._queue: deque[_Waiting] = deque()
         self._equal: dict[tuple[str, bool], deque[_Waiting]] = {}
         self._last: dict[int, int] = {}  # number of the newest line of each rank
         self._count = 0
+
+    def resize(self, size: int) -> None:
+        """From now on there are `size` ranks. Lines keep their labels once there were several."""
+        self.size = size
+        self._labelled = self._labelled or size > 1
+        self.window = self._window if self._labelled else 0.0
 
     def feed(self, rank: int, line: str, stream: str, now: float) -> None:
         """Take one line of one rank; `stream` is ``stdout`` or ``stderr``."""
@@ -78,7 +85,7 @@ class Folder:
     def due(self, now: float) -> list[Line]:
         """Lines that need not wait any more: their window is over, or every rank has printed them."""
         result: list[Line] = []
-        while self._queue and (now - self._queue[0].since >= self.window or len(self._queue[0].ranks) == self.size):
+        while self._queue and (now - self._queue[0].since >= self.window or len(self._queue[0].ranks) >= self.size):
             result.append(self._take())
         return result
 
@@ -102,7 +109,7 @@ class Folder:
         equal.popleft()  # the queue and this one have the same order
         if not equal:
             del self._equal[waiting.text, waiting.err]
-        label = f"[{spans(waiting.ranks)}]" if self.size > 1 else ""
+        label = f"[{spans(waiting.ranks)}]" if self._labelled else ""
         return Line(label, waiting.text, waiting.err)
 
 

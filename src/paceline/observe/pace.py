@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from paceline.observe.words import RANK, ranks
 from paceline.terms.activity import TIMED, Phase, Snapshot
 
 _SAMPLES = 64
@@ -64,9 +65,15 @@ class Straggler:
     others: float
     reading: bool
 
-    def __str__(self) -> str:
+    def render(self, noun: str = RANK) -> str:
         work = "reads its input" if self.reading else "computes"
-        return f"rank {self.rank} is slow: it {work} {self.share:.0%} of the time, the others work {self.others:.0%} and wait for it"
+        who = ranks([self.rank], noun)
+        return (
+            f"{who} is slow: it {work} {self.share:.0%} of the time, the others work {self.others:.0%} and wait for it"
+        )
+
+    def __str__(self) -> str:
+        return self.render()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ class _Piece:
 class Stragglers:
     """Compares how much of the last ten seconds of stepping each rank was busy.
 
-    Time is cut into pieces of whole steps. A piece whose steps took much longer than usual is left out: who evaluates
+    Time is cut into pieces of whole steps. When other ranks take part than before, observation begins anew. A piece whose steps took much longer than usual is left out: who evaluates
     or saves alone is busy while others wait, too, and is not slow.
     """
 
@@ -93,6 +100,9 @@ class Stragglers:
 
     def see(self, snapshots: Sequence[Snapshot], now: float) -> None:
         step = min((s.step for s in snapshots), default=0)
+        if self._began is not None and self._began[2].keys() != {s.rank for s in snapshots}:
+            self._began = None
+            self._pieces.clear()
         if self._began is not None and (step <= self._began[1] or now - self._began[0] < _PIECE):
             return
         after = {s.rank: spent(s, now) for s in snapshots}

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from paceline.observe.pace import Spent, spent
-from paceline.observe.words import duration, kind, ranks
+from paceline.observe.words import RANK, duration, kind, ranks
 from paceline.terms.activity import TIMED, Phase, Snapshot
 
 Strip = tuple[tuple[str, str], ...]
@@ -83,7 +83,7 @@ class Meter:
         """For each timed phase, the share of it in the time of the ranks named. Empty when nothing was observed."""
         (began, first), (now, last) = self._by_rank(0), self._by_rank(-1)
         total = dict.fromkeys(TIMED, 0.0)
-        for rank in numbers:
+        for rank in first.keys() & last.keys() & set(numbers):
             before, after = spent(first[rank], began), spent(last[rank], now)
             for phase in TIMED:
                 total[phase] += max(0.0, after[phase] - before[phase])
@@ -118,18 +118,19 @@ def region(
     width: int,
     height: int,
     unicode: bool = True,
+    noun: str = RANK,
 ) -> list[Strip]:
-    """The lines of the live region: none longer than `width`, no more than `height`."""
+    """The lines of the live region: none longer than `width`, no more than `height`; see ``words`` for `noun`."""
     lines: list[Strip] = [((_cut(headline(meter.progress(), values), width), "bold"),)]
     groups = _groups(snapshots, height - 1)
-    names = [ranks([s.rank for s in group]) for group in groups]
+    names = [ranks([s.rank for s in group], noun) for group in groups]
     name_width = min(max(map(len, names), default=0), max(8, width // 4))
     marks = _MARKS if unicode else _PLAIN_MARKS
     for name, group in zip(names, groups, strict=True):
         bar = _bar(meter.shares([s.rank for s in group]), _bar_width(width), marks)
         room = width - name_width - 1 - sum(len(text) for text, _ in bar)
         label = (_cut(name, name_width).ljust(name_width)[:width], "cyan")
-        lines.append((label, (" "[: max(0, width - name_width)], ""), *bar, *_status(group, now, room)))
+        lines.append((label, (" "[: max(0, width - name_width)], ""), *bar, *_status(group, now, room, noun)))
     return lines[: max(1, height)]
 
 
@@ -163,14 +164,14 @@ def _bar(shares: Spent, width: int, marks: Mapping[Phase, str]) -> list[tuple[st
     return [(marks[p] * cells[p], STYLES[p]) for p in TIMED if cells[p]] + [("  ", "")]
 
 
-def _status(group: Sequence[Snapshot], now: float, room: int) -> list[tuple[str, str]]:
+def _status(group: Sequence[Snapshot], now: float, room: int, noun: str) -> list[tuple[str, str]]:
     """What the first of the group does, and where; the place goes first when there is no room for both."""
     first = group[0]
     style = "red" if first.phase is Phase.FAILED else STYLES.get(first.phase, "")
     text = _WORDS[first.phase] if len({s.phase for s in group}) == 1 else "others"
     waited = now - first.since
     if first.phase is Phase.WAIT and waited >= _LONG:
-        peers = f" for {ranks(first.waits_for)}" if first.waits_for else ""
+        peers = f" for {ranks(first.waits_for, noun)}" if first.waits_for else ""
         text += f" {duration(waited)}{peers}" + (f": {first.what}" if first.what else "")
     column = min(36, max(12, room // 2))
     where = first.where if len({s.where for s in group}) == 1 or len(group) == 1 else ""

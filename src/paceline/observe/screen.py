@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 from paceline.observe.picture import Meter, Strip, headline, region
 from paceline.observe.pipe import Pipe
 from paceline.observe.plain import plain
-from paceline.observe.words import ranks
+from paceline.observe.words import RANK, ranks
 from paceline.terms.activity import Phase, Snapshot
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class Screen:
         out: Where to draw; standard output by default.
         err: Where lines of the ranks' standard error go in ``plain`` mode; standard error by default.
         clock: Monotonic seconds; only for the time between two drawings.
+
+    Attributes:
+        noun: What the numbers of the snapshots are called, see ``words``.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Screen:
         err: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.size = size
+        self.size, self.noun = size, RANK
         self._out = Pipe(out if out is not None else sys.stdout)
         self._err = Pipe(err if err is not None else sys.stderr)
         self._clock = clock
@@ -128,7 +131,7 @@ class Screen:
             return
         self._said, self._told = said, self._clock()
         if self.mode == "plain":
-            self._out.say(headline(progress, values) + (_places(snapshots) if idle else ""))
+            self._out.say(headline(progress, values) + (_places(snapshots, self.noun) if idle else ""))
             return
         self._object(
             "progress",
@@ -187,6 +190,7 @@ class Screen:
             width=max(1, width - 1),  # the last column makes some terminals wrap
             height=max(1, height - 2),
             unicode=console.encoding.startswith("utf"),
+            noun=self.noun,
         )
         picture = Text("\n", no_wrap=True, overflow="crop").join(_text(strip) for strip in strips)
         if self._live is None:
@@ -243,11 +247,11 @@ def _said(step: int, epoch: int, values: Mapping[str, float]) -> str:
     return f"{step} {epoch} {dict(values)}"
 
 
-def _places(snapshots: Sequence[Snapshot]) -> str:
+def _places(snapshots: Sequence[Snapshot], noun: str) -> str:
     """Where the ranks are that do not wait; for when nothing else has changed."""
     busy = [s for s in snapshots if s.phase is not Phase.WAIT] or snapshots
     places = list(dict.fromkeys(s.where for s in busy if s.where))[:3]
-    return f" · {ranks([s.rank for s in busy])} at {', '.join(places)}" if places else ""
+    return f" · {ranks([s.rank for s in busy], noun)} at {', '.join(places)}" if places else ""
 
 
 def _rank(snapshot: Snapshot) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from paceline.terms.activity import Phase, Snapshot
 COMPILING = "torch.compile"
 """Said in a heartbeat while the main thread is inside torch's compiler, which may take minutes and is no hang."""
 
+RANK, WORKER = "rank", "worker"
+"""What a number is called. It is always the N of ``worker-N``, which a run never gives twice; while that is its rank too,
+people know it as the rank. Once a worker was replaced ranks have moved, and the word is another so that nobody mistakes them."""
+
 _VERBS = {
     Phase.STARTING: ("is starting", "are starting"),
     Phase.COMPUTE: ("computes", "compute"),
@@ -36,9 +40,9 @@ def spans(ranks: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def ranks(numbers: Collection[int]) -> str:
-    """``rank 1`` or ``ranks 0-2,5``."""
-    return f"{'rank' if len(set(numbers)) == 1 else 'ranks'} {spans(numbers)}"
+def ranks(numbers: Collection[int], noun: str = RANK) -> str:
+    """``rank 1`` or ``ranks 0-2,5``; see :data:`WORKER` for the other noun."""
+    return f"{noun if len(set(numbers)) == 1 else noun + 's'} {spans(numbers)}"
 
 
 def verb(numbers: Collection[int], singular: str, plural: str) -> str:
@@ -64,7 +68,7 @@ def kind(what: str) -> str:
     return re.split(r"[,:(\[\d]", what, maxsplit=1)[0].strip().lower() or what
 
 
-def doing(snapshot: Snapshot, now: float, many: bool = False) -> str:
+def doing(snapshot: Snapshot, now: float, many: bool = False, noun: str = RANK) -> str:
     """What a rank (or many like it) is doing, since when, for whom and where, as half a sentence."""
     parts = [_VERBS[snapshot.phase][many]]
     timed = snapshot.phase not in (Phase.FINISHED, Phase.FAILED) and snapshot.since > 0
@@ -73,6 +77,6 @@ def doing(snapshot: Snapshot, now: float, many: bool = False) -> str:
     if snapshot.what and snapshot.phase in (Phase.WAIT, Phase.EXCHANGE):
         parts.append(f"in `{snapshot.what}`")
     if snapshot.phase is Phase.WAIT and snapshot.waits_for:
-        parts.append(f"on {ranks(snapshot.waits_for)}")
+        parts.append(f"on {ranks(snapshot.waits_for, noun)}")
     tail = [f"step {snapshot.step}"] + ([snapshot.where] if snapshot.where else [])
     return " ".join(parts) + " · " + " · ".join(tail)

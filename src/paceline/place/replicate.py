@@ -36,11 +36,17 @@ class Scale:
 
     After the sum over ranks the payload is multiplied by ``divisor / sum of weights``. With ``factor = weight / divisor`` it is
     the weighted mean.
+
+    Attributes:
+        shard, first, last: Which part of the rank's share of the batch it is, where that comes in several parts.
     """
 
     weight: float
     divisor: float
     factor: float
+    shard: int = 0
+    first: bool = True
+    last: bool = True
 
     @classmethod
     def mean(cls, weight: float, divisor: float) -> Scale:
@@ -278,6 +284,34 @@ class Replica:
         by_name = {name: p for p, name in self.names.items()}
         self._measured = None
         self._cut([by_name[name] for name in names])
+
+    # ---- another wire -----------------------------------------------------------------------------------------------
+    def rewire(self, wire: Wire, names: Sequence[str], *, keep: bool) -> None:
+        """Move the buckets to memory of `wire`, cut along `names`.
+
+        Args:
+            keep: Gradients go with them. Else an exchange was lost, and they are zero, as if nothing had been computed; the
+                memory left behind is not written to, because others may still read it.
+        """
+        self._wire = wire
+        by_name = {name: p for p, name in self.names.items()}
+        order = [by_name[name] for name in names]
+        had = [p for p in order if p.grad is not None and not keep]
+        for p in had:
+            p.grad = None
+        self._regions = self._allocate(order)
+        self._cut(order)
+        for p in had:
+            bucket, i = self._place[p]
+            p.grad = bucket.views[i]
+
+    def order(self) -> list[str]:
+        """Names in the order of the buckets now."""
+        return [self.names[p] for bucket in self.buckets for p in bucket.params]
+
+    def measure(self, wanted: bool) -> None:
+        """Measure the order in the next backward, or know it from elsewhere."""
+        self._measured = [] if wanted else None
 
     def detach(self) -> None:
         """Take the hooks away; gradients stay where they are."""

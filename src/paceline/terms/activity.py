@@ -5,6 +5,8 @@ in which operation, waiting for whom, at which line of the user's script. A stor
 stands in the hot path; a rank that is frozen, or stuck in C code, can still be read. The control page is written by the
 launcher: `stop` (end at a step boundary), `abort` (stop waiting now), `lost` (which rank died).
 
+In an elastic run a page belongs to one process after another: the launcher clears it in between.
+
 All words are 64-bit, aligned, written by exactly one process; a torn text is possible and harmless.
 """
 
@@ -18,6 +20,10 @@ from enum import IntEnum
 
 PAGE = 4096
 _WHAT, _WHERE, _TEXT = 512, 1536, 1000  # byte offsets of the two texts, and the room each has
+
+
+REGROUP = "regroup"
+"""The operation of a rank that agrees with the others on who takes part from here on. It may last, and is no hang."""
 
 
 class Phase(IntEnum):
@@ -117,6 +123,11 @@ class Board:
     def lost(self) -> int:
         """The rank that died, or -1."""
         return int(self._words[_LOST]) - 1
+
+    def clear(self, rank: int) -> None:
+        """Make the page of `rank` what it was at the start, for another process."""
+        start = (rank + 1) * PAGE
+        self._bytes[start : start + PAGE] = bytes(PAGE)
 
     def activity(self, rank: int) -> Activity:
         """The writer of one rank's page."""

@@ -122,13 +122,24 @@ EXPLANATIONS: dict[str, Explanation] = {
     ),
     "PL109": Explanation(
         "the run is not alive",
-        "The run named has no living launcher, so there is nothing to stop.",
+        "The run named has no living launcher, so there is nothing to stop and nobody to ask.",
         "`paceline logs RUN` shows how it ended.",
     ),
     "PL110": Explanation(
         "the script cannot be read as Python",
         "The file given to `paceline run` does not compile.",
         "run it once with plain `python`; the message names the line.",
+    ),
+    "PL111": Explanation(
+        "too few workers are left",
+        "The run lost workers, and cannot go on: nobody is left who has its state, or there are fewer than `--workers` asks "
+        "for and the replacements died before they took part.",
+        "`--resume auto` goes on from the newest checkpoint, if the run has made one (`--checkpoint`).",
+    ),
+    "PL112": Explanation(
+        "no more workers can join",
+        "The run is not elastic, is at its end, or has as many workers as it may have.",
+        "start the run with `--workers MIN:MAX`; MAX is how many there may be.",
     ),
     # ---- PL2xx: strategies ----------------------------------------------------------------------------------------
     "PL201": Explanation(
@@ -163,6 +174,11 @@ EXPLANATIONS: dict[str, Explanation] = {
         "let Paceline choose (`--wire auto`), or change the strategy as the message says.",
     ),
     # ---- PL3xx: adoption and data ---------------------------------------------------------------------------------
+    "PL208": Explanation(
+        "not in an elastic run",
+        "The option shares memory that a worker which dies in the middle of a write would leave half written.",
+        "leave the option out, or start with `--workers N`: exactly N, and losing one ends the run.",
+    ),
     "PL301": Explanation(
         "this object cannot be adopted",
         "`job.adopt` takes modules, optimizers, learning-rate schedulers, gradient scalers and data loaders.",
@@ -268,7 +284,127 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The peers of this job could not be reached in time when the run was starting.",
         "check that all processes were started, with the same script and the same launcher.",
     ),
+    "PL420": Explanation(
+        "two workers with one name",
+        "A worker of this name takes part in the run and lives, so a second one is not let in. Names are never used again within "
+        "a run while their worker lives.",
+        "leave naming to `paceline run` and `paceline join`; end the other process if it should not be there.",
+    ),
+    "PL421": Explanation(
+        "two processes are one worker",
+        "A second process came with name and incarnation of a worker that takes part and lives: the same start command was run twice, "
+        "or a process was copied.",
+        "start each worker by itself, with an incarnation of its own.",
+    ),
+    "PL422": Explanation(
+        "the run has ended",
+        "All members have done their work, so nobody can join any more.",
+        "start a new run; `--resume` goes on from a checkpoint.",
+    ),
+    "PL423": Explanation(
+        "this process is a member no longer",
+        "The others went on in a newer epoch without this process: it gave no sign of life for a lease, or the launcher saw it end. "
+        "What it does is refused everywhere, so that nothing is counted twice.",
+        "nothing needs to be saved from it; a new worker takes its place. If it was only slow, look for a suspended process or a "
+        "machine that was out of memory.",
+    ),
+    "PL424": Explanation(
+        "a second coordinator",
+        "Another process holds the journal of this run's membership. Two coordinators could tell two halves of the run different "
+        "things.",
+        "end the other one, or start the run under another name.",
+    ),
+    "PL425": Explanation(
+        "the journal of the membership is damaged",
+        "A record is not what was written, and later ones are: the disk lies. Epochs that were given out cannot be known for certain, so "
+        "the coordinator does not go on.",
+        "let the run end, and start a new one with `--resume` from its last checkpoint; check the disk.",
+    ),
+    "PL426": Explanation(
+        "the coordinator cannot be reached",
+        "This process waits for the others to go on, and has not heard anything of the coordinator for a minute.",
+        "look whether the launcher and the coordinator live (`logs/coordinator.log`), and whether the network between them works.",
+    ),
+    "PL412": Explanation(
+        "ranks train on different batches",
+        "A step is one global batch, cut among the ranks. Here some ranks are at another batch than others: a batch was skipped, or a "
+        "loop was left, on some ranks only.",
+        "make the decision to skip or to leave depend on what all ranks share, never on a rank's own rows or loss.",
+    ),
+    "PL413": Explanation(
+        "one step, batches of different sizes",
+        "The script takes batches of several loaders in one step. Their rows cannot be cut into the same shares, so the weight of this "
+        "rank's loss depends on which batch it is of.",
+        "say it before each backward: `job.weight(len(x))`; or give the loaders the same batch size, or sizes that the number of "
+        "processes divides.",
+    ),
+    "PL430": Explanation(
+        "the other side does not have the job's secret",
+        "Two processes of a job prove to each other that they know its secret before either says anything else. The proof did not "
+        "come, or was wrong; a process that refuses does not say why.",
+        "give the secret of this very run (`secret` in its directory); look whether another program listens at the address.",
+    ),
+    "PL431": Explanation(
+        "a connection ended",
+        "The other side closed the connection, died, or has not answered for too long; or the connection was closed here while "
+        "somebody waited on it.",
+        "the launcher names processes that died; between machines, look at the network.",
+    ),
+    "PL432": Explanation(
+        "a frame was refused",
+        "What came on a connection is not a frame of this protocol, is larger than its kind may be, or was changed on the way. The "
+        "connection was closed; nothing of the frame was used.",
+        "a fault of memory, network card or switch, or another program that talks to our port: the message says what was wrong.",
+    ),
+    "PL433": Explanation(
+        "nobody answers at an address",
+        "The connection to another process of the job could not be made in time.",
+        "check that the process lives, that the address is right, and that no firewall is in between.",
+    ),
+    "PL434": Explanation(
+        "no TLS to be had",
+        "Connections that leave this machine are encrypted by TLS 1.3. This Python, or its OpenSSL, cannot do what that takes, so "
+        "nothing is sent.",
+        "use a Python with OpenSSL 1.1.1 or newer and Ed25519, or keep the run on one machine (127.0.0.1).",
+    ),
+    "PL435": Explanation(
+        "not an address",
+        "Addresses are `tcp:HOST:PORT`, `unix:/path` and `unix:@name`.",
+        "the message shows what was given.",
+    ),
+    "PL436": Explanation(
+        "the other side does not want this connection",
+        "Both sides know the secret, but this connection is of a former epoch, or there is one already.",
+        "the reason is in the message; a process that was fenced joins again under a new incarnation.",
+    ),
     # ---- PL5xx: recognised while the run is alive -----------------------------------------------------------------
+    "PL440": Explanation(
+        "replicas differ",
+        "The parameters of the ranks are compared every 50 steps. They differ, and no majority says which are right: a flipped bit, or "
+        "the script changes parameters differently on each rank.",
+        "resume from a checkpoint before the step named; with three ranks or more the odd one is healed by itself.",
+    ),
+    "PL441": Explanation(
+        "a replica was healed",
+        "One rank had other parameters than all the others. It was given theirs. When it happens again on the same machine, its "
+        "memory is broken.",
+        "look at the machine of the rank named; if the script changes parameters on one rank only, that is the cause.",
+    ),
+    "PL450": Explanation(
+        "exact=True: one backward and one optimizer step for each batch that the loop is given",
+        "With exact=True the loop goes round several times for one global batch, once for each of its shards that this rank has. The "
+        "shards are added up by Paceline, and opt.step() does nothing before the last one, so each round must clear the gradients, call "
+        "backward once and step once, and the loop may end only between two steps.",
+        "for accumulation give the loader a larger batch_size; add several losses up and call backward once; call opt.zero_grad() in "
+        "each round; end the loop by job.clock.step, not by a counter of rounds.",
+    ),
+    "PL451": Explanation(
+        "exact=True does not go together with this",
+        "The parameters would depend on the number of ranks: on how many rounds of the loop one step takes, or on how its rows are "
+        "divided.",
+        "train from an adopted loader that batches a data set with indices, with one adopted optimizer; adopt its schedule; leave "
+        "GradScaler out; or use ddp() without exact=True.",
+    ),
     "PL501": Explanation(
         "a rank left its loop early",
         "One rank has ended its script while others wait for it in an exchange.",
@@ -319,5 +455,39 @@ EXPLANATIONS: dict[str, Explanation] = {
         "a file is not what it claims to be",
         "A file of the run is truncated, has another hash than recorded, or is not in the format expected.",
         "restore it from a copy; nothing of it was used.",
+    ),
+    "PL610": Explanation(
+        "the checkpoint is not one of this job",
+        "The state that was saved does not fit the models, optimizers or other things that the script has adopted. The message "
+        "names the first difference. Nothing is cast, padded or left out.",
+        "resume with the script that the checkpoint was saved by, or start without `--resume`.",
+    ),
+    "PL611": Explanation(
+        "a checkpoint could not be saved",
+        "Writing failed: full disk, input/output error, read-only file system. What was half written is removed, the checkpoints "
+        "before it are untouched, training goes on, and it is tried again.",
+        "free space; `paceline verify checkpoint RUN` tells what there is.",
+    ),
+    "PL612": Explanation(
+        "something in the job's state cannot be saved",
+        "A checkpoint holds numbers, text, lists, dictionaries and dense tensors. The message names an entry of a state_dict that is "
+        "something else. Nothing is ever pickled.",
+        "let its state_dict return plain values and tensors.",
+    ),
+    "PL613": Explanation(
+        "a checkpoint is damaged",
+        "The directory is no checkpoint, or what it holds is not what its manifest says. Nothing of it was used.",
+        "resume from another one; `paceline verify checkpoint RUN` tells which are whole.",
+    ),
+    "PL614": Explanation(
+        "there is nothing to resume from",
+        "`--resume` names no checkpoint and no run that has a valid one.",
+        "`paceline verify checkpoint RUN` lists the checkpoints of a run.",
+    ),
+    "PL615": Explanation(
+        "a file of another format cannot be taken over",
+        "`paceline checkpoint import` reads files of torch.save with `weights_only=True`, which runs nothing that is in them. This "
+        "one holds something else than tensors and plain values, or no state of a model.",
+        "save the model's state_dict alone: `torch.save(model.state_dict(), FILE)`.",
     ),
 }

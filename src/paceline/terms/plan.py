@@ -62,6 +62,10 @@ class Plan:
         threads: Threads per rank for torch and OpenMP.
         wire: Which wire was asked for.
         settings: Environment that the launcher gave to every rank, by variable name, so that it can be printed.
+        workers_min, workers_max: Limits of an elastic run, which goes on when it loses a worker; 0 when the run is not
+            elastic: then losing one ends it.
+        checkpoint: When to save, ``every=500`` steps or ``every=5min``, or empty.
+        resume: What to begin from: ``auto`` or a path, or empty.
     """
 
     script: str
@@ -73,6 +77,15 @@ class Plan:
     wire: WireName = "auto"
     stop_on_nan: bool = False
     settings: tuple[tuple[str, str], ...] = ()
+    workers_min: int = 0
+    workers_max: int = 0
+    checkpoint: str = ""
+    resume: str = ""
+
+    @property
+    def elastic(self) -> bool:
+        """The run goes on when it loses a worker."""
+        return self.workers_max > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +93,22 @@ class Place:
     """Where this process stands: who it is and which handles it inherited. Built by ``launch`` only.
 
     Attributes:
-        rank, size: Position among all ranks of the job.
+        rank, size: Position among all ranks of the job; in an elastic run only where this process begins: the members
+            decide, and it may change.
         local_rank, local_size: Position among the ranks of this host.
         host: Name of the host, or of the pretended host.
         hosts: For each rank the index of its host, so that everybody knows the topology.
-        name: Name of the process in events and files, ``rank0``.
+        name: Name of the process in events and files, ``worker-0``; in an elastic run never given twice.
         incarnation: 32 hexadecimal digits, new for each process start.
         run_dir: The run directory, or None when nothing is to be written.
         launcher: Who started this process: ``plain``, ``paceline``, ``torchrun``, ``slurm``, ``mpi``.
         board_fd: Inherited descriptor of the status board, or -1.
         arena_fd: Inherited descriptor of the shared memory of this host, or -1.
         store: Address of the rendezvous, ``unix:PATH`` or ``tcp:HOST:PORT``, or empty.
+        slot, slots: Page of this process on the board, and how many pages the board has. In an elastic run a replacement
+            takes a page that is free again; else the page is the rank.
+        coordinator: Address of the coordinator, ``unix:PATH`` or ``tcp:HOST:PORT``; empty when the run is not elastic.
+        secret_fd: Inherited descriptor of the run's secret of 32 bytes, to be read with ``os.pread``, or -1.
     """
 
     rank: int = 0
@@ -99,7 +117,7 @@ class Place:
     local_size: int = 1
     host: str = "localhost"
     hosts: tuple[int, ...] = (0,)
-    name: str = "rank0"
+    name: str = "worker-0"
     incarnation: str = "0" * 32
     run_dir: Path | None = None
     launcher: str = "plain"
@@ -107,8 +125,17 @@ class Place:
     arena_fd: int = -1
     store: str = ""
     plan: Plan = field(default_factory=lambda: Plan(script=""))
+    slot: int = 0
+    slots: int = 1
+    coordinator: str = ""
+    secret_fd: int = -1
 
     @property
     def plain(self) -> bool:
         """True under plain ``python``: nobody launched this process, and nothing is to be changed."""
         return self.launcher == "plain"
+
+    @property
+    def joins(self) -> bool:
+        """The job of this elastic run was begun by others: this process was started later, or in place of one that was lost."""
+        return bool(self.coordinator) and self.rank >= self.plan.processes

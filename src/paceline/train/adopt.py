@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -31,6 +33,7 @@ class Adopted:
     optimizers: tuple[Optimizer, ...]
     loaders: tuple[DataLoader[Any], ...]
     scalers: tuple[GradScaler, ...]
+    schedulers: tuple[LRScheduler, ...]
 
 
 def sort(things: Sequence[Any]) -> Adopted:
@@ -45,7 +48,8 @@ def sort(things: Sequence[Any]) -> Adopted:
     for optimizer in kinds[Optimizer]:
         if isinstance(optimizer, LBFGS):
             raise AdoptError("PL302", "torch.optim.LBFGS evaluates the loss inside its step")
-    return Adopted(tuple(kinds[nn.Module]), tuple(kinds[Optimizer]), tuple(kinds[DataLoader]), tuple(kinds[GradScaler]))
+    chosen = (nn.Module, Optimizer, DataLoader, GradScaler, LRScheduler)
+    return Adopted(*(tuple(kinds[kind]) for kind in chosen))
 
 
 def _kind(thing: Any, position: int) -> type:
@@ -65,9 +69,14 @@ def trainable(model: nn.Module, taken: set[nn.Parameter]) -> list[tuple[str, nn.
 
 
 # ---- the same on all ranks ------------------------------------------------------------------------------------------
-def agree(wire: Wire, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
+def agree(
+    wire: Wire,
+    models: Mapping[str, nn.Module],
+    optimizers: Sequence[Optimizer],
+    loaders: Sequence[DataLoader[Any]] = (),
+) -> None:
     """Compare what ranks hold. Raises AdoptError PL303 on every rank, naming the first difference."""
-    mine = list(_description(models, optimizers))
+    mine = [*_description(models, optimizers), *map(_loader, loaders)]
     said = [json.loads(raw) for raw in wire.gather_bytes("adopt", json.dumps(mine).encode())]
     for rank, theirs in enumerate(said):
         if theirs != said[0]:
@@ -90,6 +99,31 @@ def _description(models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer
             yield f"optimizer {number} {type(optimizer).__qualname__} {settings} on {names}"
 
 
+def _loader(loader: DataLoader[Any]) -> str:
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    settings = f"batch_size {loader.batch_size}, drop_last {loader.drop_last}, {_length(loader)}"
+    data = f"{type(loader.dataset).__qualname__} of {_length(loader.dataset)}"
+    return f"loader with {settings}, {type(sampler).__qualname__} over {type(loader.sampler).__qualname__}, {data}"
+
+
+def _length(thing: Any) -> str:
+    try:
+        return f"length {len(thing)}"
+    except TypeError:
+        return "no length"
+
+
+def warnings(models: Mapping[str, nn.Module]) -> list[str]:
+    """What several ranks compute otherwise than one would, with these models: said once, before the first step."""
+    modules = [module for model in models.values() for module in model.modules() if module.training]
+    said = []
+    if any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in modules):
+        said.append("batch normalisation uses each rank's own rows; its running statistics are averaged over ranks")
+    if any(isinstance(m, _DropoutNd) and m.p > 0 for m in modules):
+        said.append("dropout draws from a random stream of its own on each rank")
+    return said
+
+
 def _difference(first: list[str], other: list[str], rank: int) -> str:
     for a, b in zip(first, other, strict=False):
         if a != b:
@@ -98,19 +132,19 @@ def _difference(first: list[str], other: list[str], rank: int) -> str:
     return f"rank {who} has {more[min(len(first), len(other))][:300]!r}, which rank {rank if who == 0 else 0} has not"
 
 
-def start_equal(wire: Wire, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
-    """Overwrite parameters, buffers and optimizer state with those of rank 0."""
+def start_equal(wire: Wire, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], *, root: int = 0) -> None:
+    """Overwrite parameters, buffers and optimizer state with those of rank `root`."""
     with torch.no_grad():
         for tensor in _tensors(models, optimizers):
-            _overwrite(wire, tensor)
+            _overwrite(wire, tensor, root)
 
 
-def _overwrite(wire: Wire, tensor: Tensor) -> None:
+def _overwrite(wire: Wire, tensor: Tensor, root: int = 0) -> None:
     if tensor.is_contiguous():
-        wire.broadcast(tensor)
+        wire.broadcast(tensor, root)
     else:
         dense = tensor.contiguous()
-        wire.broadcast(dense)
+        wire.broadcast(dense, root)
         tensor.copy_(dense)
 
 

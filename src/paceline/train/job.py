@@ -4,46 +4,49 @@ where a batch comes from, what ``backward`` means, what ``opt.step()`` means.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from paceline.data.feed import Feed
+from paceline.data.rows import EpochEnd, Slice
 from paceline.data.streams import Streams
 from paceline.exchange.chain import Exchange
 from paceline.exchange.strategy import build
+from paceline.group.reunion import Epoch, Reunion
 from paceline.group.wire import Wire
-from paceline.place.replicate import Replica
 from paceline.terms.activity import Activity, Phase
 from paceline.terms.clock import Clock
-from paceline.terms.errors import AdoptError, StepError, Stopped
+from paceline.terms.errors import AdoptError, PeerLost, StepError, Stopped
 from paceline.terms.event import Event, Sink
 from paceline.terms.plan import Place
 from paceline.train import adopt as adoption
-from paceline.train import state
+from paceline.train import replicas, state
+from paceline.train import tree as trees
+from paceline.train.checkpoint import Checkpointer
+from paceline.train.checkpoint_files import CHECKPOINTS, Checkpoint, Policy, attempts
 from paceline.train.counters import Counters
-from paceline.train.divided import DividedStep, worthwhile
 from paceline.train.ledger import Ledger
 from paceline.train.loop import Loop
+from paceline.train.members import Hands, Members
+from paceline.train.owned import OwnedSteps
 from paceline.train.plain import Diary, PlainLoader
+from paceline.train.resume import Resume, choose
 from paceline.train.step import Stepper
 
-
-@dataclass(frozen=True, slots=True)
-class _Owners:
-    """Whose parameters an optimizer has: replicas, how many parameters there were, those that were frozen."""
-
-    replicas: list[Replica]
-    count: int
-    frozen: list[Tensor]
+T = TypeVar("T")
 
 
 class Job:
@@ -54,26 +57,54 @@ class Job:
         connect: Opens the wire for a device; called at the first ``adopt``.
         sink: Where events go.
         activity: Where this rank says what it is doing.
+        reunion: How the members of an elastic run meet; None when the ranks stay as they are.
     """
 
-    def __init__(self, place: Place, connect: Callable[[torch.device], Wire], sink: Sink, activity: Activity) -> None:
+    def __init__(
+        self,
+        place: Place,
+        connect: Callable[[torch.device], Wire],
+        sink: Sink,
+        activity: Activity,
+        reunion: Reunion | None = None,
+    ) -> None:
         self._place, self._connect, self._sink, self._activity = place, connect, sink, activity
+        self._exchanges = place.size > 1 or reunion is not None
         self._strategy: str | Exchange = place.plan.strategy
         self._exchange: Exchange | None = None
         self._wire: Wire | None = None
         self._stepper: Stepper | None = None
-        self._divided: dict[Optimizer, DividedStep] = {}
-        self._owners: dict[Optimizer, _Owners] = {}
         self._models: dict[str, nn.Module] = {}
         self._optimizers: list[Optimizer] = []
+        self._schedulers: list[LRScheduler] = []
+        self._scalers: list[GradScaler] = []
+        self._feeds: list[Feed] = []
         self._kept: dict[str, Any] = {}
-        self._streams = Streams(place.rank, place.size, self._share_streams)
+        # Whoever may come or go draws from a stream of its own, whatever its rank: its number is never given twice.
+        streams = max(2, place.size) if reunion is not None else place.size
+        self._streams = Streams(place.rank, streams, self._share_streams)
         self._num_loaders = 0
         self._counters = Counters()
         self._evaluating = False
         self._diary = Diary(self._printing)
         ledger = Ledger(self._ledger_path(), self._notice_failure)
         self._loop = Loop(place.size, activity, sink, ledger, place.plan.stop_on_nan)
+        self._loop.exchanges = self._exchanges
+        if self._exchanges:
+            self._loop.on_look = self._look
+        self._first_epoch = 0
+        self._neighbours = [f"worker-{rank}" for rank in range(place.local_size)]  # the ranks of this host
+        self._members: Members | None = None
+        if reunion is not None:
+            hands = Hands(self._move, lambda: self._stepper, self._capture, self._restore, self._divide_anew)
+            self._members = Members(reunion, place.joins, self._loop, ledger, sink, hands)
+            self._loop.on_boundary = self._members.at_boundary
+        lost = self._members.lost_in_optimizer if self._members is not None else None
+        self._steps = OwnedSteps(self._loop, activity, self._step_without_loader, lost)
+        self._checkpointer: Checkpointer | None = None
+        self._resume: Resume | None = None
+        self._group = 0  # the epoch of the group that this rank is a member of
+        self._loop.on_step_end = self._step_ended
         self._finished = False
 
     # ---- who am I -------------------------------------------------------------------------------------------------
@@ -156,23 +187,88 @@ class Job:
         for model in given.models:
             self._models[f"model{len(self._models)}" if self._models else "model"] = model
         self._optimizers += given.optimizers
+        self._schedulers += given.schedulers
+        self._scalers += given.scalers
 
     def _adopt_launched(self, given: adoption.Adopted) -> dict[int, Any]:
         known = set(self._models)
         self._register(given)
         new = {label: model for label, model in self._models.items() if label not in known}
         if self._wire is None:
-            self._wire = self._connect(_device_of(self._models))
+            self._wire = self._connect(_device_of(self._models)) if self._members is None else self._members.begin()
             self._emit_plan()
-        if self.size > 1:
-            adoption.agree(self._wire, new, given.optimizers)
-            adoption.start_equal(self._wire, new, given.optimizers)
+            self._open_checkpoints()
+        self._resume_things(new, given)
+        if self._exchanges:
+            if not self._joining:
+                self.together(lambda wire: adoption.agree(wire, new, given.optimizers, given.loaders))
+                self.together(lambda wire: adoption.start_equal(wire, new, given.optimizers))
             self._place_models(new)
+            if self.main and self.size > 1:
+                for message in adoption.warnings(new):
+                    self._sink(Event("notice", 0, {"message": message}))
         for optimizer in given.optimizers:
-            self._own_step(optimizer)
+            assert self._exchange is not None
+            self._steps.own(
+                optimizer, self._stepper, self._exchange, self._wire, self._neighbours, self._place.local_rank
+            )
+        if self._members is not None or self._loop.shards:
+            for scheduler in given.schedulers:
+                self._steps.own_schedule(scheduler)
+        if given.scalers and self._loop.shards:
+            raise AdoptError("PL451", "exact=True works without a GradScaler, and one was adopted")
         if given.scalers:
             self._loop.report_nonfinite = False  # overflow is part of a scaler's work
         return {id(loader): self._own_loader(loader) for loader in given.loaders}
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+    def _open_checkpoints(self) -> None:
+        """Find what to go on from, and begin to save."""
+        run_dir, plan = self._place.run_dir, self._place.plan
+        if run_dir is None:
+            return
+        found: Checkpoint | None = None
+        if plan.resume and not self._joining:
+            found = self.together(
+                lambda wire: choose(plan.resume, run_dir, self.rank, partial(wire.gather_bytes, "resume"), self._notice)
+            )
+            self._resume = Resume(found) if found is not None else None
+        if plan.checkpoint:
+            attempt = attempts(run_dir)
+            self._checkpointer = Checkpointer(
+                Policy.parse(plan.checkpoint),
+                run_dir / CHECKPOINTS,
+                self._capture,
+                right=lambda: (attempt, self._group),
+                sink=self._sink,
+                step=found.step if found is not None else 0,
+            )
+
+    def _resume_things(self, new: dict[str, nn.Module], given: adoption.Adopted) -> None:
+        """What is adopted now gets the state that it was saved with."""
+        if self._resume is not None:
+            chosen = {id(thing) for kind in (given.optimizers, given.schedulers, given.scalers) for thing in kind}
+            self._resume.restore(self._things().only(new, chosen))
+
+    def _begin_loop(self) -> None:
+        """The loop begins, or goes on where a checkpoint was."""
+        resume, self._resume = self._resume, None
+        if resume is None:
+            return
+        left = resume.begin_loop(self._things())
+        self._first_epoch = self._loop.passed
+        self._loop.resumed()
+        if left and self.main:
+            self._notice("PL610", f"the checkpoint holds {', '.join(left)}, which the script has not adopted")
+
+    def _step_without_loader(self) -> None:
+        self._begin_loop()
+        self._step_ended()
+
+    def _step_ended(self) -> None:
+        """Between two steps."""
+        if self._checkpointer is not None:
+            self._checkpointer.at_boundary(self._loop.steps, self.main)
 
     def _emit_plan(self) -> None:
         if self._exchange is None:
@@ -180,6 +276,16 @@ class Job:
         assert self._wire is not None
         data = {"strategy": self._exchange.text, "wire": self._wire.name, "describe": self._exchange.describe()}
         self._sink(Event("adopt", 0, data))
+        if self._exchange.shards:
+            self._be_exact(self._exchange.shards)
+
+    def _be_exact(self, shards: int) -> None:
+        """Nothing may depend on the number of ranks: orders and draws are separate, every shard is computed by one thread."""
+        torch.set_num_threads(1)
+        self._streams.separate()
+        self._loop.cut_into(shards)
+        self._exchanges = self._loop.exchanges = True
+        self._loop.on_look = self._look
 
     def _place_models(self, models: dict[str, nn.Module]) -> None:
         assert self._wire is not None
@@ -191,7 +297,10 @@ class Job:
                 self._activity,
                 scale=self._loop.scale,
                 steps=lambda: self._loop.steps,
+                place=self._loop,
                 on_verdict=self._loop.on_verdict,
+                change=lambda: self._members is not None and self._members.change,
+                on_lost=self._members.lost if self._members is not None else None,
                 hosts=self._place.hosts if len(set(self._place.hosts)) > 1 else (),
             )
         for label, model in models.items():
@@ -200,104 +309,131 @@ class Job:
             if params:
                 self._stepper.add(model, [(f"{label}.{name}", p) for name, p in params])
 
-    # ---- the optimizer --------------------------------------------------------------------------------------------
-    def _own_step(self, optimizer: Optimizer) -> None:
-        if self.size > 1:
-            self._replicas_of(optimizer)
-            self._divide(optimizer)
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
-
-    def _divide(self, optimizer: Optimizer) -> None:
-        assert self._exchange is not None
-        assert self._wire is not None
-        shared = self._exchange.params == "shared"
-        if shared or worthwhile(optimizer, self._wire):
-            part, parts = self._place.local_rank, self._place.local_size
-            self._divided[optimizer] = DividedStep(
-                optimizer, self._wire, self._activity, part=part, parts=parts, shared=shared
-            )
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
-            raise StepError("PL302", f"{type(optimizer).__name__}.step was given a closure")
-        if self._stepper is not None:
-            self._stepper.owe(self._replicas_of(optimizer))
-        if optimizer in self._divided:
-            self._divided[optimizer].before_step()
-
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer in self._divided:
-            self._divided[optimizer].after_step()
-        if self._stepper is not None:
-            for replica in self._replicas_of(optimizer):
-                replica.exchanges = 0
-        self._loop.commit()
-
-    def _replicas_of(self, optimizer: Optimizer) -> list[Replica]:
-        """The replicas that own the optimizer's parameters, looked up anew when the answer may have changed: the
-        optimizer was given more parameters, or one that was frozen at adoption needs a gradient now."""
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        known = self._owners.get(optimizer)
-        if known is None or known.count != count or any(p.requires_grad for p in known.frozen):
-            known = self._owners[optimizer] = self._find_owners(optimizer, count)
-        return known.replicas
-
-    def _find_owners(self, optimizer: Optimizer, count: int) -> _Owners:
-        """Raises AdoptError PL304 for a parameter that needs a gradient and that nobody owns."""
-        replicas = self._stepper.replicas if self._stepper is not None else []
-        found: dict[int, Replica] = {}
-        frozen: list[Tensor] = []
-        for number, group in enumerate(optimizer.param_groups):
-            for position, p in enumerate(group["params"]):
-                owner = next((r for r in replicas if p in r.names), None)
-                if owner is not None:
-                    found[id(owner)] = owner
-                elif p.requires_grad and self.size > 1:
-                    raise AdoptError(
-                        "PL304",
-                        f"{type(optimizer).__name__}: parameter {position} of group {number}, shape {tuple(p.shape)}, "
-                        "needs a gradient and belongs to no adopted model (or was frozen when it was adopted)",
-                        help="adopt the module that owns it; parameters to be unfrozen later must need gradients at job.adopt.",
-                    )
-                elif self.size > 1:
-                    frozen.append(p)
-        return _Owners(list(found.values()), count, frozen)
-
     # ---- data -----------------------------------------------------------------------------------------------------
     def _own_loader(self, loader: DataLoader[Any]) -> Feed:
         feed = Feed(
             loader,
-            rank=self.rank,
-            size=self.size,
+            rank=0 if self._joining else self.rank,
+            size=1 if self._joining else self.size,
             streams=self._streams,
             index=self._num_loaders,
             activity=self._activity,
-            before_batch=self._loop.before_batch,
+            before_pass=self._join,
+            before_batch=lambda: self._loop.before_batch(self._training()),
             want_phantom=self._training,
-            on_batch=lambda batch: self._loop.on_batch(batch, self._training()),
-            on_epoch=self._loop.on_epoch_end,
+            on_batch=self._on_batch,
+            on_epoch=self._on_epoch_end,
+            shards=self._loop.shards,
         )
         self._loop.add_feed(self._num_loaders, feed)
+        self._feeds.append(feed)
         self._num_loaders += 1
         return feed
+
+    def _on_batch(self, batch: Slice) -> None:
+        self._loop.on_batch(batch, self._training())
+        if batch.shard >= 0 and self._training():
+            if batch.round == 0 and self._stepper is not None:
+                self._stepper.remember_statistics()
+            self._streams.reseed("shard", batch.loader, batch.epoch, batch.batch, batch.shard)
+
+    def _on_epoch_end(self, end: EpochEnd) -> None:
+        self._loop.on_epoch_end(end)
+        if self._loop.shards:  # what a rank has drawn so far depends on its shards
+            self._streams.reseed("pass", end.loader, end.epoch)
 
     def _training(self) -> bool:
         return torch.is_grad_enabled() and not self._evaluating
 
     def _share_streams(self, mine: bytes) -> bytes:
-        if self._wire is None or self.size == 1:
+        if self._wire is None:
             return mine
-        return self._wire.gather_bytes("first batch", mine if self.rank == 0 else b"")[0]
+        return self.together(lambda wire: wire.gather_bytes("first batch", mine if wire.rank == 0 else b"")[0])
+
+    def together(self, call: Callable[[Wire], T]) -> T:
+        """Make a call that all ranks make, with whoever is left when a member is lost in it."""
+        while True:
+            assert self._wire is not None
+            try:
+                return call(self._wire)
+            except PeerLost:
+                if self._members is None:
+                    raise
+                self._members.lost(in_step=False)
+
+    def _look(self) -> None:
+        """Compare the replicas, and heal the one that differs."""
+        found = self.together(lambda wire: replicas.look(wire, self._models))
+        if found is None:
+            return
+        self.together(lambda wire: replicas.heal(wire, found, self._models, self._optimizers))
+        if self.rank == found.leader:
+            who = ", ".join(f"rank {rank}" for rank in found.culprits)
+            message = f"step {self._loop.steps}: the parameters of {who} were not those of the others ({', '.join(found.tensors[:3])}); healed"
+            self._sink(Event("notice", self._loop.steps, {"code": "PL441", "message": message}))
+
+    # ---- members that come and go ---------------------------------------------------------------------------------
+    @property
+    def _joining(self) -> bool:
+        return self._members is not None and self._members.joining
+
+    def _join(self) -> None:
+        if self._members is not None:
+            self._members.join()
+        self._begin_loop()
+
+    def _move(self, epoch: Epoch) -> None:
+        """Be another rank of another world."""
+        mine = epoch.hosts[epoch.rank]
+        self._place = replace(
+            self._place,
+            rank=epoch.rank,
+            size=epoch.size,
+            hosts=epoch.hosts,
+            local_rank=epoch.hosts[: epoch.rank].count(mine),
+            local_size=epoch.hosts.count(mine),
+        )
+        self._wire, self._group = epoch.wire, epoch.number
+        self._neighbours = [name for name, host in zip(epoch.names, epoch.hosts, strict=True) if host == mine]
+
+    # ---- the state ------------------------------------------------------------------------------------------------
+    def _things(self) -> trees.Things:
+        """All that makes up the state of this job."""
+        return trees.Things(
+            models=self._models,
+            optimizers=trees.numbered(self._optimizers),
+            schedulers=trees.numbered(self._schedulers),
+            scalers=trees.numbered(self._scalers),
+            kept=self._kept,
+            feeds=trees.numbered(self._feeds),
+            names=trees.names_of(self._models),
+            loop=self._loop,
+            streams=self._streams,
+        )
+
+    def _capture(self) -> trees.Tree:
+        """The state, as references: true until the next step."""
+        return trees.capture(self._things())
+
+    def _restore(self, tree: trees.Tree) -> None:
+        """Take over a state. Raises AdoptError PL610 for that of another job."""
+        trees.restore(self._things(), tree)
+        self._first_epoch = self._loop.passed
+
+    def _divide_anew(self, epoch: Epoch) -> None:
+        self._steps.rewire(epoch.wire, self._neighbours, self._place.local_rank)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     def epochs(self, n: int) -> Iterator[int]:
         """``range(n)``, with the epoch shown and counters started anew."""
-        for epoch in range(n):
+        self._join()
+        first, self._first_epoch = self._first_epoch, 0
+        for epoch in range(first, n):
             self._loop.before_batch()
             self._loop.epoch = epoch
             self._counters.clear()
             yield epoch
+            self._loop.passed = epoch + 1
             self._diary.flush(self._loop.clock)
             self._loop.publish()
 
@@ -361,10 +497,11 @@ class Job:
 
     def _gather_json(self, tag: str) -> Callable[[dict[str, float]], list[dict[str, float]]]:
         def gather(mine: dict[str, float]) -> list[dict[str, float]]:
-            if self._wire is None or self.size == 1:
+            if self._wire is None:
                 return [mine]
+            payload = json.dumps(mine).encode()
             with self._activity.during(Phase.EXCHANGE, tag):
-                return [json.loads(raw) for raw in self._wire.gather_bytes(tag, json.dumps(mine).encode())]
+                return [json.loads(raw) for raw in self.together(lambda wire: wire.gather_bytes(tag, payload))]
 
         return gather
 
@@ -382,9 +519,11 @@ class Job:
                     f"job.keep({name}=...): a {type(thing).__qualname__} has no state_dict and load_state_dict",
                     help="give it these two methods.",
                 )
-            if self._wire is not None and self.size > 1:
-                adoption.share_kept(self._wire, name, thing)
+            if self._wire is not None and not self._joining:
+                self.together(functools.partial(adoption.share_kept, name=name, thing=thing))
             self._kept[name] = thing
+            if self._resume is not None:
+                self._resume.restore(trees.Things(kept={name: thing}))
 
     def export(self, path: str | Path) -> None:
         """Write the adopted models' weights as safetensors, original names, atomically. One rank writes; any may call.
@@ -399,16 +538,22 @@ class Job:
     @contextmanager
     def once(self, name: str) -> Iterator[bool]:
         """``with job.once("download") as first: if first: …``: one rank does it, the others wait until it is done."""
-        if self._wire is None or self.size == 1:
+        if self._wire is None or self._joining:
             yield True
             return
-        tag = f"once {name!r}"
-        with self._activity.during(Phase.WAIT if not self.main else self._activity.phase, tag):
-            if not self.main:
-                self._wire.barrier(tag)
-        yield self.main
-        if self.main:
-            self._wire.barrier(tag)
+        tag, waited = f"once {name!r}", False
+        while not (self.main or waited):
+            try:
+                with self._activity.during(Phase.WAIT, tag):
+                    self._wire.barrier(tag)
+                waited = True
+            except PeerLost:
+                if self._members is None:
+                    raise
+                self._members.lost(in_step=False)  # perhaps it is this rank's turn now
+        yield not waited
+        if not waited:
+            self.together(lambda wire: wire.barrier(tag))
 
     def step(self, fn: Callable[[Any], Tensor], batch: Any, optimizer: Optimizer | None = None) -> Tensor:
         """The explicit form of one step: ``loss = fn(batch)``, backward, ``opt.step()``, ``opt.zero_grad()``.
@@ -444,12 +589,19 @@ class Job:
             return
         self._finished = True
         self._diary.flush(self._loop.clock)
+        if self._checkpointer is not None:
+            whole = error is None or isinstance(error, Stopped)
+            self._checkpointer.finish(self._loop.steps, self.main, whole)
+        if self._resume is not None:
+            self._resume.close()
         if not self._place.plain:
             self._loop.finish()
             whole = error is None or isinstance(error, Stopped)
             self._sink(Event("end", self._loop.steps, self._final_state() if whole else {"ok": False}))
         if self._stepper is not None:
             self._stepper.close()
+        if self._members is not None:
+            self._members.close("failed" if error is not None and not isinstance(error, Stopped) else "finished")
         if self._wire is not None:
             self._wire.close()
 
@@ -468,6 +620,9 @@ class Job:
     def _ledger_path(self) -> Path | None:
         run_dir = self._place.run_dir
         return None if run_dir is None else run_dir / "ledger" / f"{self._place.name}.jsonl"
+
+    def _notice(self, code: str, message: str) -> None:
+        self._sink(Event("notice", self._loop.steps, {"code": code, "message": message}))
 
     def _notice_failure(self, failure: OSError) -> None:
         self._sink(

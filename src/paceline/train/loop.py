@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from paceline.data.feed import Feed
@@ -18,7 +21,9 @@ from paceline.terms.activity import Activity
 from paceline.terms.clock import Clock
 from paceline.terms.errors import StepError, Stopped
 from paceline.terms.event import Event, Sink
+from paceline.train import replicas
 from paceline.train.ledger import Ledger, Range
+from paceline.train.redo import Redo
 from paceline.train.step import Verdict
 
 REPORT_EVERY = 0.1  # seconds between `step` events of one rank
@@ -28,7 +33,7 @@ class Loop:
     """The bookkeeping of one rank.
 
     Args:
-        size: World size.
+        size: World size; more than one, or an elastic run, exchanges gradients.
         activity: Where progress is published.
         sink: Where events go.
         ledger: Where committed rows go.
@@ -39,14 +44,28 @@ class Loop:
         self.steps = 0
         self.samples = 0
         self.epoch = 0
+        self.passed = 0  # epochs that are over
         self.report_nonfinite = True
-        self._size, self._activity, self._sink, self._ledger = size, activity, sink, ledger
+        self.shards = 0
+        self._shard: Slice | None = None  # what the last backward was of, where batches are cut into shards
+        self._unstepped = False
+        self.redo = Redo()
+        self.exchanges = size > 1
+        self.change_due = False
+        self.on_boundary: Callable[[], None] | None = None
+        self.on_step_end: Callable[[], None] = _nothing
+        self.on_look: Callable[[], None] = _nothing
+        self._looked = 0
+        self._committed_samples = 0
+        self.size, self._activity, self._sink, self._ledger = size, activity, sink, ledger
         self._stop_on_nan = stop_on_nan
-        self._pending: Slice | None = None
+        self._pending: dict[int, Slice] = {}  # by loader: handed out, and nobody knows yet what for
         self._latest: Slice | None = None
         self._open: list[Range] = []
         self._open_feeds: set[int] = set()
+        self._given: dict[int, Slice] = {}  # by loader: the last batch to train on since the last step
         self._feeds: dict[int, Feed] = {}
+        self._split_to: tuple[int, int] | None = None
         self._weight: float | Literal["sum"] | None = None
         self._reference = 0.0
         self._stopping = False
@@ -56,41 +75,96 @@ class Loop:
     def clock(self) -> Clock:
         return Clock(self.steps, self.samples, self.epoch)
 
+    def state_dict(self) -> dict[str, int]:
+        """Where the last commit has left it."""
+        return {"steps": self.steps, "samples": self._committed_samples, "epoch": self.epoch, "passed": self.passed}
+
+    def load_state_dict(self, saved: Mapping[str, int]) -> None:
+        """Stand there again."""
+        self.steps, self.epoch, self.passed = saved["steps"], saved["epoch"], saved["passed"]
+        self._looked = self.steps // replicas.EVERY
+        self.samples = self._committed_samples = saved["samples"]
+        self.publish()
+
+    def resumed(self) -> None:
+        """The run goes on from where a checkpoint was: the ledger begins there."""
+        positions = [(index, feed.state_dict()) for index, feed in self._feeds.items()]
+        done = [(index, p["epoch"], 0, p["rows"], 0, p["rows"]) for index, p in positions if p["begin"] is not None]
+        self._ledger.resumed(self.steps, done)
+
     # ---- data -----------------------------------------------------------------------------------------------------
     def add_feed(self, index: int, feed: Feed) -> None:
         """Know one more loader."""
         self._feeds[index] = feed
+        self.redo.rounds = True
 
-    def before_batch(self) -> None:
-        """The step boundary at which a run that was asked to stop ends."""
-        if self._stopping or (self._size == 1 and self._activity.board.stop_requested):
+    def before_batch(self, training: bool = False) -> bool:
+        """The step boundary: here a run that was asked to stop ends, and members come. True: the loop gets a filler."""
+        if training and self.redo.next_round():
+            self._latest = replace(self._latest, local_rows=0, phantom=True) if self._latest is not None else None
+            return True
+        if self._stopping or (self.size == 1 and self._activity.board.stop_requested and not self.mid_step):
             raise Stopped
+        if training and self.steps // replicas.EVERY > self._looked and not self._open:
+            self._looked = self.steps // replicas.EVERY
+            self.on_look()
+        if training and not self._open:
+            self.on_step_end()
+        if training and self.change_due and self.on_boundary is not None and not self._open:
+            self.change_due = False
+            self.on_boundary()
+        return False
 
     def on_batch(self, batch: Slice, training: bool) -> None:
         """A batch is handed out. `training`: gradients are on, so a backward may follow."""
-        self._put_aside()
-        self._pending = self._latest = batch
+        if training and self.shards:
+            self._refuse_open_shard(batch)
+        self._put_aside(batch.loader)
+        self._pending[batch.loader] = self._latest = batch
         self._weight = None
-        if self._size == 1 and training:
+        if training:
+            self._given[batch.loader] = batch
+        if training and not self.exchanges:  # nobody tells of a backward: a batch that could be trained on is
             self._take()
 
     def on_epoch_end(self, end: EpochEnd) -> None:
         """A walk over a loader has ended."""
-        self._put_aside()
+        self._put_aside(end.loader)
         self._ledger.epoch_end(end.loader, end.epoch, end.rows, end.batches, end.complete, end.order)
 
-    def _put_aside(self) -> None:
-        if self._pending is not None:
-            self._ledger.viewed([_range(self._pending)])
-            self._pending = None
+    def _put_aside(self, loader: int) -> None:
+        """The loader goes on, and no gradient was taken of its last batch: it was only viewed."""
+        if loader in self._pending:
+            self._ledger.viewed([_range(self._pending.pop(loader))])
 
     def _take(self) -> None:
-        """A gradient was taken of the pending batch: it belongs to the open step."""
-        if self._pending is not None:
-            self._open.append(_range(self._pending))
-            self._open_feeds.add(self._pending.loader)
-            self.samples += self._pending.rows
-            self._pending = None
+        """A gradient was taken of the pending batches: they belong to the open step."""
+        for batch in self._pending.values():
+            if not self.redo.replaying:
+                self._note(batch)
+            self._open_feeds.add(batch.loader)
+        self._pending.clear()
+
+    def _note(self, batch: Slice) -> None:
+        """The open step is made of this batch; of shards of one batch it has one range, as they are consecutive."""
+        mine = _range(batch)
+        if batch.round and self._open and self._open[-1][:4] == mine[:4]:
+            *place, start, rows = self._open.pop()
+            mine = (*place, start if rows else mine[4], rows + mine[5])  # type: ignore[assignment]
+        else:
+            self.samples += batch.rows
+        self._open.append(mine)
+
+    @property
+    def mark(self) -> int:
+        """A small number that is the same on all ranks exactly (but for one chance in 64) when they train on the same batches."""
+        where = [(b.loader, b.epoch, b.batch) for _, b in sorted(self._given.items())]
+        return zlib.crc32(repr(where).encode()) % 64
+
+    def where(self) -> str:
+        """What this rank trains on, for people."""
+        told = [f"batch {b.batch} of epoch {b.epoch} of loader {b.loader}" for _, b in sorted(self._given.items())]
+        return " and ".join(told) or "no batch"
 
     # ---- weights --------------------------------------------------------------------------------------------------
     def set_weight(self, weight: float | Literal["sum"]) -> None:
@@ -117,18 +191,80 @@ class Loop:
 
     def scale(self) -> Scale:
         """The scale of the backward that begins now; its batch joins the open step."""
+        self.redo.backward()
+        if self.shards:
+            return self._scale_of_shard()
         self._take()
         if self._weight == "sum":
-            return Scale(1.0, float(self._size), 0.0 if self.phantom else 1.0)
+            return Scale(1.0, float(self.size), 0.0 if self.phantom else 1.0)
         if self._weight is not None:
             return Scale.mean(0.0 if self.phantom else self._weight, self._reference or self._rows)
         if self._latest is not None:
+            self._refuse_unlike_shares()
             return Scale.mean(float(self._latest.local_rows), self._rows)
-        return Scale.mean(1.0, float(self._size))
+        return Scale.mean(1.0, float(self.size))
+
+    # ---- shards (``exchange/exact.py``) -----------------------------------------------------------------------------
+    @property
+    def mid_step(self) -> bool:
+        """Shards of the current batch follow, so that ``opt.step()`` does nothing yet."""
+        return self._shard is not None and not self._shard.last
+
+    def cut_into(self, shards: int) -> None:
+        """Batches to train on come in so many shards, and every round of the loop ends in ``opt.step()``."""
+        self.shards, self.redo.fills = shards, False
+
+    def stepped(self) -> None:
+        """``opt.step()`` was called, whatever it did."""
+        self._unstepped = False
+
+    def _scale_of_shard(self) -> Scale:
+        """How the gradient of one shard counts; nothing in it may depend on the number of ranks."""
+        shard = self._shard = self._pending_shard()
+        self._take()
+        self._unstepped = True
+        rows, mine = float(shard.rows), float(shard.local_rows)
+        weight, divisor = (mine if self._weight is None else self._weight), rows
+        if weight == "sum":
+            weight, divisor = 1.0, float(min(self.shards, shard.rows))
+        weight = 0.0 if shard.phantom else weight
+        factor = float(not shard.phantom) if self._weight == "sum" else weight / divisor
+        return Scale(weight, divisor, factor, shard.shard, shard.round == 0, shard.last)
+
+    def _pending_shard(self) -> Slice:
+        """The shard that is trained on. Raises StepError PL413, PL450, PL451."""
+        shards = list(self._pending.values())
+        if not shards or self._unstepped:
+            raise StepError("PL450", "exact=True: a second gradient was taken of the same rows")
+        if any(shard.shard < 0 for shard in shards):
+            raise StepError("PL451", "exact=True: the rows trained on were not cut into shards")
+        if len({(shard.round, shard.rounds) for shard in shards}) > 1:
+            raise StepError(
+                "PL451", "exact=True: the loaders of one step have batches with different numbers of shards"
+            )
+        if self._weight is None and len({shard.rows for shard in shards}) > 1:
+            raise StepError("PL413", "exact=True: this step trains on batches of different numbers of rows")
+        return shards[-1]
+
+    def _refuse_open_shard(self, batch: Slice) -> None:
+        """Raise StepError PL450 when the loop goes on as it must not."""
+        if self._unstepped and not self.redo.aborted and batch.loader in self._open_feeds:
+            raise StepError("PL450", "exact=True: a gradient was taken, and no optimizer step followed it")
+        if batch.round == 0 and self._open and self.mid_step:
+            raise StepError("PL450", "exact=True: the loop was left before all shards of a batch had come")
+
+    def _refuse_unlike_shares(self) -> None:
+        """Raise StepError PL413 when it depends on the loader how much of a batch this rank has: whose loss is it?"""
+        rows = {batch.rows for batch in self._given.values()}
+        if len(rows) > 1 and any(n % self.size for n in rows):
+            raise StepError(
+                "PL413",
+                f"this step trains on batches of {' and '.join(map(str, sorted(rows)))} rows, of which a rank has different shares",
+            )
 
     @property
     def _rows(self) -> float:
-        return float(self._latest.rows) if self._latest is not None else float(self._size)
+        return float(self._latest.rows) if self._latest is not None else float(self.size)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
     def on_verdict(self, verdict: Verdict) -> None:
@@ -136,11 +272,13 @@ class Loop:
         if isinstance(self._weight, float):
             self._reference = verdict.weight
         self._stopping = self._stopping or verdict.stop
+        self.change_due = self.change_due or verdict.change
         if verdict.nonfinite and self.report_nonfinite:
             self._report_nonfinite(verdict)
+            self.redo.skip = True
 
     def _report_nonfinite(self, verdict: Verdict) -> None:
-        message = f"step {self.steps + 1}: the gradient of {verdict.nonfinite} of {self._size} ranks is not finite"
+        message = f"step {self.steps + 1}: the gradient of {verdict.nonfinite} of {self.size} ranks is not finite"
         batch = self._latest
         if batch is not None and verdict.mine:
             first = batch.start + batch.local_start
@@ -149,18 +287,62 @@ class Loop:
             message += f"; epoch {batch.epoch}, rows {batch.start}..{batch.start + batch.rows - 1}"
         if self._stop_on_nan:
             raise StepError("PL409", message)
+        message += "; every rank leaves this step out"
         if verdict.mine:
             self._sink(Event("notice", self.steps, {"code": "PL409", "message": message}))
 
     def commit(self) -> None:
-        """An optimizer has stepped: the open rows are trained on."""
+        """An optimizer has stepped (or left out a step that is not finite): the open rows are used up."""
         self.steps += 1
-        self._ledger.commit(self.steps, self._open)
+        self._ledger.commit(self.steps, self._open, skipped=self.redo.skip)
+        self.redo.commit()
         self._open.clear()
+        self._committed_samples = self.samples
         for index in self._open_feeds:
             self._feeds[index].commit()
         self._open_feeds.clear()
+        self._given.clear()
+        if self._split_to is not None:
+            self.resplit(*self._split_to)
+            self._split_to = None
         self.publish()
+
+    def abort(self, rank: int, size: int, *, healed: bool) -> None:
+        """A member was lost in the open step: whatever of it was done here is forgotten, and its rows are cut anew.
+
+        Args:
+            rank, size: Who this is among those who are left.
+            healed: The others have applied the step, and this rank was given the result.
+        """
+        if healed:
+            again = False
+            self.redo.healed()
+        else:
+            again = self.redo.abort()
+        self._forget_open()
+        self._unstepped = False
+        self.resplit(rank, size, again=again)
+
+    @property
+    def holds_batch(self) -> bool:
+        """The script was given rows to train on, and no step has used them yet."""
+        return bool(self._given)
+
+    def resplit_later(self, rank: int, size: int) -> None:
+        """The ranks have changed while an optimizer stepped: loaders follow when that step is committed."""
+        self._split_to = (rank, size)
+
+    def _forget_open(self) -> None:
+        self._open.clear()
+        self._open_feeds.clear()
+        self._pending.clear()
+        self.samples = self._committed_samples
+
+    def resplit(self, rank: int, size: int, *, again: bool = False) -> None:
+        """The ranks have changed: open passes that are trained on go on from the last commit, cut anew."""
+        self.size = size
+        for index, feed in self._feeds.items():
+            feed.resplit(rank, size, again=again, now=feed.trained or index in self._given)
 
     def publish(self) -> None:
         """Say how far this rank is: on the board always, as an event now and then."""
@@ -174,9 +356,14 @@ class Loop:
         """The run has ended: what was left open is written down."""
         for feed in self._feeds.values():
             feed.close()
-        self._put_aside()
+        for loader in list(self._pending):
+            self._put_aside(loader)
         self._ledger.end(self.steps, self._open)
         self._ledger.close()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _range(batch: Slice) -> Range:

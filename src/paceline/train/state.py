@@ -23,6 +23,25 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _HEADER_CAP = 100 << 20
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "C64": ("complex64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
+"""safetensors' names of types: torch's name, and bytes of one element."""
 
 
 def neutral(name: str) -> str:
@@ -46,7 +65,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        _describe(digest, name, _dtype_name(tensor.dtype), tuple(tensor.shape))
+        describe(digest, name, _dtype_name(tensor.dtype), tuple(tensor.shape))
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes:
             digest.update(memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())))
@@ -66,7 +85,7 @@ def hash_file(path: Path) -> str:
             for name in sorted(entries):
                 entry = entries[name]
                 begin, end = entry["data_offsets"]
-                _describe(digest, name, entry["dtype"], tuple(entry["shape"]))
+                describe(digest, name, entry["dtype"], tuple(entry["shape"]))
                 file.seek(start + begin)
                 _digest_exactly(digest, file, end - begin, path)
             return digest.hexdigest()
@@ -96,26 +115,13 @@ def _digest_exactly(digest: Any, file: Any, nbytes: int, path: Path) -> None:
         nbytes -= len(piece)
 
 
-def _describe(digest: Any, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+def describe(digest: Any, name: str, dtype: str, shape: tuple[int, ...]) -> None:
     digest.update(json.dumps([name, dtype, shape]).encode())
 
 
 def _dtype_name(dtype: Any) -> str:
-    import torch
-
-    names = {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
-    return names.get(dtype, str(dtype))
+    spelled = str(dtype).removeprefix("torch.")
+    return next((name for name, (theirs, _) in DTYPES.items() if theirs == spelled), str(dtype))
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -19,19 +19,21 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from paceline.exchange.chain import Exchange
+from paceline.exchange.exact import fits
 from paceline.exchange.link import Message, State
 from paceline.group.wire import AllReduce, Buffer, Drive, Wire
 from paceline.place.replicate import BUCKET, LiveBucket, Replica, Scale
 from paceline.terms.activity import Activity, Phase
-from paceline.terms.errors import StepError
+from paceline.terms.errors import PeerLost, StepError
 from paceline.train.statistics import Statistics
 
-WEIGHT, MISSING, NONFINITE, STEPS, STEPS_SQUARED, STOP, PRESENCE = range(7)
+WEIGHT, MISSING, NONFINITE, STEPS, STEPS_SQUARED, STOP, CHANGE, MARK, MARK_SQUARED, PRESENCE = range(10)
 """Places in the header of a bucket's message; one number per parameter follows from PRESENCE on."""
 
 _CYCLE = (
@@ -47,13 +49,26 @@ class Verdict:
         weight: Sum of the weights of all ranks.
         nonfinite: Number of ranks whose gradient is not finite.
         stop: True when some rank was asked to stop.
+        change: True when somebody waits to join, so that all ranks meet at the next step boundary.
         mine: True when this rank is one of those with a gradient that is not finite.
     """
 
     weight: float
     nonfinite: int
     stop: bool
+    change: bool
     mine: bool
+
+
+class Where(Protocol):
+    """What a rank trains on."""
+
+    @property
+    def mark(self) -> int:
+        """A small number, the same on ranks that train on the same batches."""
+
+    def where(self) -> str:
+        """The same for people."""
 
 
 class Stepper:
@@ -65,7 +80,10 @@ class Stepper:
         activity: Where to say what this rank does.
         scale: Gives the scale of the backward that begins now.
         steps: Gives the number of optimizer steps applied so far.
+        place: Knows what this rank trains on.
         on_verdict: Called once at the end of every exchanged backward.
+        change: Tells whether this rank knows of somebody who waits to join.
+        on_lost: Called when a member was lost in an exchange, which is forgotten; None: the run ends with the error.
         hosts: For each rank the index of its host; empty when all are on one.
     """
 
@@ -77,19 +95,25 @@ class Stepper:
         *,
         scale: Callable[[], Scale],
         steps: Callable[[], int],
+        place: Where,
         on_verdict: Callable[[Verdict], None],
+        change: Callable[[], bool] = lambda: False,
+        on_lost: Callable[[bool], None] | None = None,
         hosts: Sequence[int] = (),
     ) -> None:
         self.wire = wire
         self.exchange = exchange
         self.replicas: list[Replica] = []
         self._activity, self._hosts = activity, hosts
-        self._scale, self._steps, self._on_verdict = scale, steps, on_verdict
+        self._scale, self._steps, self._place, self._on_verdict = scale, steps, place, on_verdict
+        self._change, self._on_lost = change, on_lost
         self._drive = Drive(wire, activity)
         self._states: dict[LiveBucket, list[State]] = {}
+        self._wide: dict[LiveBucket, Buffer] = {}  # where shards are summed, in a step of several
+        self._reached: dict[LiveBucket, list[bool]] = {}  # which parameters the shards so far have reached
         self._messages: list[tuple[Replica, LiveBucket, Message]] = []
         self._current: Scale | None = None
-        self._nonfinite = False
+        self._nonfinite = self._owing = False
         self._roll: Buffer | None = None
         self._statistics: dict[Replica, Statistics] = {}
         self.probe = True
@@ -105,25 +129,36 @@ class Stepper:
             bucket_bytes=int(megabytes * 2**20) if megabytes else BUCKET,
             header_size=lambda n: PRESENCE + n,
             on_backward=self._begin,
-            on_full=self._full,
+            on_full=None if self.exchange.shards else self._full,
             on_end=self._end,
         )
         self.replicas.append(replica)
-        self._statistics[replica] = Statistics(model, self.wire)
+        self._statistics[replica] = Statistics(model, self.wire, self.exchange.shards)
+        if self.exchange.shards:
+            replica.measure(False)  # buckets leave when backward has ended, so their order does not matter
         self._remember(replica)
+        self._widen(replica)
         if len(self.replicas) > 1:
-            region = self.wire.allocate(1, torch.float64, torch.device("cpu"))
-            self._roll = self.wire.cut(region, [1], [1 + len(self.replicas)])[0]
+            self._roll = self._make_roll()
         return replica
 
     def _remember(self, replica: Replica) -> None:
         for bucket in replica.buckets:
             self._states[bucket] = self.exchange.chain.init(bucket.bucket)
 
+    def _widen(self, replica: Replica) -> None:
+        """Memory for the sums of shards."""
+        for bucket in replica.buckets if self.exchange.shards else ():
+            words, header = 2 * bucket.bucket.numel, PRESENCE + len(bucket.params) + self.exchange.shards
+            region = self.wire.allocate(words, torch.float64, bucket.buffer.tensor.device)
+            (self._wide[bucket],) = self.wire.cut(region, [words], [header])
+
     # ---- backward -------------------------------------------------------------------------------------------------
     def _begin(self, replica: Replica) -> Scale:
         if self._current is None:
             self._current = self._scale()
+            if self.exchange.shards and self._current.first and not self._owing:
+                self._refuse_left_over()
         return self._current
 
     def _full(self, replica: Replica, bucket: LiveBucket) -> None:
@@ -137,17 +172,21 @@ class Stepper:
 
     def _launch(self, replica: Replica, bucket: LiveBucket) -> None:
         assert self._current is not None
-        if self.probe and bucket is replica.buckets[0]:
+        if self.probe and bucket is replica.buckets[0] and not self.exchange.shards:
             self._nonfinite = self._look(bucket)
-        steps = self._steps() % _CYCLE
+        reached = self._reached.get(bucket, bucket.arrived)
+        steps, mark = self._steps() % _CYCLE, self._place.mark
         header = [
             self._current.weight,
-            float(bucket.arrived.count(False)),
+            float(reached.count(False)),
             float(self._nonfinite),
             float(steps),
             float(steps * steps),
             float(self._activity.board.stop_requested),
-            *map(float, bucket.arrived),
+            float(self._change()),
+            float(mark),
+            float(mark * mark),
+            *map(float, reached),
         ]
         message = Message(
             bucket.bucket,
@@ -158,6 +197,10 @@ class Stepper:
             size=self.wire.size,
             step=self._steps(),
             hosts=self._hosts,
+            wide=self._wide.get(bucket),
+            shard=self._current.shard,
+            first=self._current.first,
+            last=self._current.last,
         )
         self._messages.append((replica, bucket, message))
         self._drive.launch(
@@ -178,16 +221,106 @@ class Stepper:
         if self._current is None:
             return
         with self._activity.during(Phase.EXCHANGE, "backward"):
-            touched = self._agree()
-            for replica in touched:
-                for bucket in replica.complete():
-                    self._launch(replica, bucket)
-                self._launch_statistics(replica)
-            self._drive.finish()
-            self._check_and_settle(touched)
+            try:
+                touched = self._exchange()
+            except PeerLost:
+                if self._on_lost is None:
+                    raise
+                self._drive.drop()
+                self._messages.clear()
+                self._current, self._nonfinite = None, False
+                self._on_lost(True)
+                return
         for replica in touched:
-            if replica.measuring:
-                self._rebuild(replica)
+            while replica.measuring:
+                try:
+                    self._rebuild(replica)
+                except PeerLost:
+                    if self._on_lost is None:
+                        raise
+                    self._on_lost(False)
+
+    def _exchange(self) -> list[Replica]:
+        if self.exchange.shards:
+            return self._exchange_shard()
+        touched = self._agree()
+        for replica in touched:
+            for bucket in replica.complete():
+                self._launch(replica, bucket)
+            self._launch_statistics(replica)
+        self._drive.finish()
+        self._check_and_settle(touched)
+        return touched
+
+    def _exchange_shard(self) -> list[Replica]:
+        """Add up the gradient of one shard; what the shards of this rank add up to is exchanged after the last one."""
+        scale = self._current
+        assert scale is not None
+        self._nonfinite = self._nonfinite and not scale.first
+        for bucket in (bucket for replica in self.replicas for bucket in replica.complete()):
+            before = [False] * len(bucket.params) if scale.first else self._reached[bucket]
+            self._reached[bucket] = [a or b for a, b in zip(before, bucket.arrived, strict=True)]
+            self._nonfinite |= not fits(bucket.buffer.tensor)
+        for replica in self.replicas:
+            for bucket in replica.buckets:
+                self._launch(replica, bucket)
+            self._launch_statistics(replica)
+        if scale.last:
+            self._drive.finish()
+            self._check_and_settle(self.replicas)
+            return self.replicas
+        self._messages.clear()
+        self._current = None
+        for replica in self.replicas:
+            replica.end()
+            self._statistics[replica].restore()
+        return self.replicas
+
+    def _refuse_left_over(self) -> None:
+        """Raise StepError PL450 for a gradient of the step before: it would count once for each shard of a rank.
+
+        Looked for in small parameters; one of them may just have got its gradient.
+        """
+        for replica in self.replicas:
+            some = sorted(replica.names, key=Tensor.numel)[:4]
+            if sum(p.grad is not None and bool(p.grad.any()) for p in some) > 1:
+                raise StepError("PL450", "exact=True: a backward began with gradients that were not cleared")
+
+    def remember_statistics(self) -> None:
+        """A batch begins: running statistics are as they are now for each of its shards."""
+        for statistics in self._statistics.values():
+            statistics.settle()
+
+    def rewire(self, wire: Wire, hosts: Sequence[int], orders: Sequence[Sequence[str]], *, keep: bool) -> None:
+        """Exchange through `wire` from now on.
+
+        Args:
+            orders: For each replica the order of its buckets; the same on all ranks.
+            keep: Gradients are kept; else the last exchange was lost, and so are they.
+        """
+        self.wire, self._hosts = wire, hosts
+        self._drive = Drive(wire, self._activity)
+        self._wide.clear()
+        self._reached.clear()
+        for replica, names in zip(self.replicas, orders, strict=True):
+            states = [self._states.pop(bucket) for bucket in replica.buckets]
+            same = list(names) == replica.order()
+            replica.rewire(wire, names, keep=keep)
+            if same:
+                self._states.update(zip(replica.buckets, states, strict=True))
+            else:
+                self._remember(replica)
+            self._widen(replica)
+            statistics = self._statistics[replica]
+            if not keep:
+                statistics.restore()
+            statistics.rewire(wire)
+        if len(self.replicas) > 1:
+            self._roll = self._make_roll()
+
+    def _make_roll(self) -> Buffer:
+        region = self.wire.allocate(1, torch.float64, torch.device("cpu"))
+        return self.wire.cut(region, [1], [1 + len(self.replicas)])[0]
 
     def _launch_statistics(self, replica: Replica) -> None:
         """Average the running statistics of batch normalisation along with the gradients."""
@@ -218,15 +351,23 @@ class Stepper:
             replica.settle(bucket, counts)
         for replica in touched:
             replica.end()
-        self._on_verdict(Verdict(head[WEIGHT], round(head[NONFINITE]), head[STOP] > 0, mine))
+            self._statistics[replica].settle()
+        self._on_verdict(Verdict(head[WEIGHT], round(head[NONFINITE]), head[STOP] > 0, head[CHANGE] > 0, mine))
 
     def _check_steps(self, head: Sequence[float]) -> None:
-        n, total, squares = self.wire.size, head[STEPS], head[STEPS_SQUARED]
-        if abs(n * squares - total * total) < 0.5:
-            return
-        counts = [int(raw) for raw in self.wire.gather_bytes("steps", str(self._steps()).encode())]
-        said = ", ".join(f"rank {r} has applied {c}" for r, c in enumerate(counts))
-        raise StepError("PL401", f"ranks do not agree on the number of optimizer steps: {said}")
+        """Raise StepError when ranks have applied different numbers of steps (PL401), or train on different batches (PL412)."""
+        if self._differ(head[STEPS], head[STEPS_SQUARED]):
+            counts = [int(raw) for raw in self.wire.gather_bytes("steps", str(self._steps()).encode())]
+            said = ", ".join(f"rank {r} has applied {c}" for r, c in enumerate(counts))
+            raise StepError("PL401", f"ranks do not agree on the number of optimizer steps: {said}")
+        if self._differ(head[MARK], head[MARK_SQUARED]):
+            places = [raw.decode() for raw in self.wire.gather_bytes("batches", self._place.where().encode())]
+            said = ", ".join(f"rank {r} on {place}" for r, place in enumerate(places))
+            raise StepError("PL412", f"step {self._steps() + 1}: ranks train on different batches: {said}")
+
+    def _differ(self, total: float, squares: float) -> bool:
+        """Whether numbers with this sum, and squares with that sum, can all be the same."""
+        return abs(self.wire.size * squares - total * total) >= 0.5
 
     def _rebuild(self, replica: Replica) -> None:
         """Cut the buckets along the order that rank 0 has measured."""
@@ -240,8 +381,10 @@ class Stepper:
     def owe(self, replicas: Sequence[Replica]) -> None:
         """Exchange the gradients of those replicas that no backward has exchanged since the last step. See the note above."""
         due = [r for r in replicas if not r.exchanges]
+        self._owing = bool(due)
         for replica in due:
             replica.begin()
+        self._owing = False
         if due:
             self._end()
 

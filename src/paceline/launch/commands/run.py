@@ -14,22 +14,38 @@ from typing import TYPE_CHECKING, Any
 
 from paceline import __version__
 from paceline.launch import env, plan_file
-from paceline.launch.rundir import RunDirectory, choose_path, now_text
+from paceline.launch.muster import MOST_WORKERS
+from paceline.launch.rundir import HOME, RunDirectory, choose_path, now_text
 from paceline.launch.tuning import Machine, Settings, allow_files, check_processes, choose
 from paceline.observe.pipe import Pipe
-from paceline.terms.errors import UsageError
+from paceline.terms.errors import PacelineError, UsageError
 from paceline.terms.plan import Plan
+from paceline.train.checkpoint_files import Policy
 
 if TYPE_CHECKING:
     from paceline.launch.console import Console
+    from paceline.launch.host import Host
 
 _DEFAULT = "ddp()"
+
+ELASTIC_BY_DEFAULT = False
+"""A run of several workers goes on when it loses one, unless ``--workers N`` says otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("script", nargs="?", help="the training script; its own arguments go after --")
     add("-n", "--processes", type=int, metavar="N", help="how many processes (default: 1)")
+    add(
+        "--workers",
+        metavar="MIN:MAX",
+        help="go on when workers are lost or join; N alone: exactly N, and no loss is borne",
+    )
+    add(
+        "--listen",
+        metavar="HOST[:PORT]",
+        help="let workers of other machines join; encrypted (default: this machine only)",
+    )
     add("--strategy", metavar="TEXT", help="e.g. 'ddp(codec=bf16)'; stronger than the script's own")
     add("--seed", type=int, help="seed torch, NumPy and random before the script starts")
     add("--name", help="of the run: runs/NAME")
@@ -37,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="T", help="threads of each process (default: its share of the cores)")
     add("--wire", choices=["auto", "shm", "torch"], help="what the processes exchange through (default: auto)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="environment of each process; may be repeated")
+    add("--checkpoint", metavar="WHEN", help="save every=500 (steps) or every=5min; then ,keep=3 ,busy=wait")
+    add("--resume", metavar="auto|PATH", help="go on from this run's newest checkpoint, or from that of another run")
     add("--stop-on-nan", action="store_true", default=None, help="end the run when a gradient is not finite")
     add("--hang-after", type=float, metavar="SECONDS", help="report a standstill after so long")
     add("--plan", type=Path, metavar="FILE", help="repeat the run of a plan.toml; flags given here are stronger")
@@ -49,13 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run, and return the exit code of ``cli``."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the kernel forgets how processes ended
-    _refuse_second_launcher()
+    refuse_second_launcher()
     resolved = resolve(args)
-    path = choose_path(resolved.plan.script, args.name, args.run_dir)
-    _first_line(resolved, path, args.format == "json")
-    run = RunDirectory.create(path, resolved.plan, _record(resolved.plan))
-    allow_files(resolved.plan.processes)
-    return _execute(resolved, run, path, args)
+    path = choose_path(resolved.plan.script, args.name, args.run_dir, again=resolved.plan.resume == "auto")
+    first_line(resolved, path, args.format == "json")
+    return execute(resolved.plan, path, args.format == "json", hang_after=args.hang_after, listen=args.listen or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +94,28 @@ def resolve(args: argparse.Namespace) -> Resolved:
         UsageError: PL101, PL103, PL105, PL110 or PL2xx.
     """
     base = plan_file.read(args.plan) if args.plan is not None else Plan(script="", strategy="")
+    processes, least, most = workers(args.processes, args.workers, base, args.plan is not None)
     flags = {
         "script": args.script,
         "script_args": tuple(args.script_args) or None,
-        "processes": args.processes,
+        "processes": processes,
+        "workers_min": least,
+        "workers_max": most,
         "strategy": args.strategy,
         "seed": args.seed,
         "wire": args.wire,
         "stop_on_nan": args.stop_on_nan,
+        "checkpoint": args.checkpoint,
+        "resume": args.resume,
     }
     plan = replace(base, **{name: value for name, value in flags.items() if value is not None})
     if not plan.script:
         raise UsageError("PL101", "no script was given", help="`paceline run train.py -n 4`, or `--plan FILE`.")
-    _check_script(plan.script)
+    check_script(plan.script)
     check_processes(plan.processes)
+    plan = _check_state(plan)
+    if args.listen is not None and not plan.elastic:
+        raise UsageError("PL105", "--listen lets workers join", help="give `--workers MIN:MAX` too.")
     _check_numbers(args)
     if plan.strategy:
         from paceline.exchange.strategy import check
@@ -104,7 +128,59 @@ def resolve(args: argparse.Namespace) -> Resolved:
     return Resolved(replace(plan, threads=settings.threads, settings=settings.given), settings)
 
 
-def _check_script(script: str) -> None:
+def workers(processes: int | None, text: str | None, base: Plan, repeats: bool) -> tuple[int, int, int]:
+    """How many to begin with, and the limits of an elastic run or 0, 0.
+
+    Args:
+        processes: ``-n``.
+        text: ``--workers``.
+        base: The plan that these flags are stronger than.
+        repeats: It comes from a file, so its limits were chosen.
+
+    Raises:
+        UsageError: PL105, the numbers contradict each other, or there are too many for an elastic run.
+    """
+    if text is not None:
+        least, most = _limits(text)
+        count = processes if processes is not None else most
+        if not least <= count <= most:
+            raise UsageError("PL105", f"-n {count} is not within --workers {text}")
+        exact = ":" not in text or most == 1
+    else:
+        count = processes if processes is not None else base.processes
+        least, most = (min(base.workers_min, count), max(base.workers_max, count)) if base.elastic else (1, count)
+        exact = not (base.elastic if repeats else ELASTIC_BY_DEFAULT and 1 < count <= MOST_WORKERS)
+    if exact:
+        return count, 0, 0
+    if most > MOST_WORKERS:
+        message = f"an elastic run has at most {MOST_WORKERS} workers on one machine, and {most} were asked for"
+        raise UsageError("PL105", message, help="`--workers N` starts exactly N, and bears no loss.")
+    return count, least, most
+
+
+def _limits(text: str) -> tuple[int, int]:
+    first, colon, second = text.partition(":")
+    if not first.isdecimal() or (colon and not second.isdecimal()):
+        raise UsageError("PL105", f"--workers {text}: this is neither MIN:MAX nor N")
+    least, most = int(first), int(second if colon else first)
+    if not 1 <= least <= most:
+        raise UsageError("PL105", f"--workers {text}: MIN is at least 1, and not above MAX")
+    return least, most
+
+
+def _check_state(plan: Plan) -> Plan:
+    """What is saved and resumed; a path is one of this directory, wherever the script goes. Raises UsageError PL105, PL106."""
+    if plan.checkpoint:
+        Policy.parse(plan.checkpoint)
+    if plan.resume in ("", "auto"):
+        return plan
+    path = next((p for p in (Path(plan.resume), HOME / plan.resume) if p.is_dir()), None)
+    if path is None:
+        raise UsageError("PL106", f"--resume {plan.resume}: no checkpoint and no run is there")
+    return replace(plan, resume=str(path.absolute()))
+
+
+def check_script(script: str) -> None:
     path = Path(script)
     try:
         source = path.read_bytes()
@@ -137,7 +213,7 @@ def _assignments(texts: list[str]) -> dict[str, str]:
     return found
 
 
-def _refuse_second_launcher() -> None:
+def refuse_second_launcher() -> None:
     """``srun -n 4 paceline run -n 2`` would be four worlds of two that know nothing of each other."""
     place = env.place(os.environ)
     if place.size > 1:
@@ -148,13 +224,14 @@ def _refuse_second_launcher() -> None:
         )
 
 
-def _first_line(resolved: Resolved, path: Path, as_json: bool) -> None:
+def first_line(resolved: Resolved, path: Path, as_json: bool) -> None:
     """Before anything slow. What is not usual about the ranks' environment is said too: it changes how they run."""
     if as_json:
         return
     out, plan = Pipe(sys.stdout), resolved.plan
     strategy = plan.strategy or f"{_DEFAULT} unless the script says otherwise"
     count = f"{plan.processes} process{'es' if plan.processes > 1 else ''}"
+    count += f" of {plan.workers_min} to {plan.workers_max}" if plan.elastic else ""
     out.say(f"paceline {__version__} · {plan.script} · {count} · {strategy} · {path}")
     out.say(f"settings: {resolved.settings} (change with --set KEY=VALUE)")
 
@@ -171,20 +248,35 @@ def _record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _execute(resolved: Resolved, run: RunDirectory, path: Path, args: argparse.Namespace) -> int:
+def execute(
+    plan: Plan,
+    path: Path,
+    as_json: bool,
+    *,
+    hang_after: float | None = None,
+    listen: str = "",
+    host: Host | None = None,
+) -> int:
+    """Make the directory, start, show, and say how it ended; the exit code. See ``crew.Order`` for the arguments.
+
+    Raises:
+        PacelineError: Nothing could be started.
+    """
     from paceline.launch.console import Console
     from paceline.launch.local import Launcher, Order
     from paceline.launch.signals import ALL
 
     began = time.monotonic()
-    given = bool(resolved.plan.strategy)
-    console = Console(resolved.plan, path, as_json=args.format == "json")
+    run = RunDirectory.create(path, plan, _record(plan))
+    allow_files(max(plan.processes, plan.workers_max))
+    console = Console(plan, path, as_json)
     run.complain = lambda text: console.say([text])
-    launcher = Launcher(Order(resolved.plan, given, hang_after=args.hang_after), console, run, ALL)
+    order = Order(plan, bool(plan.strategy), hang_after=hang_after, listen=listen, host=host)
+    launcher = Launcher(order, console, run, ALL)
     try:
         outcome = launcher.execute(started=lambda: _after_start(run, console))
         console.conclude(outcome, time.monotonic() - began)
-    except UsageError:
+    except PacelineError:
         run.update(state="failed", exit_code=2, ended=now_text())
         raise
     finally:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """0 when the run has ended, 1 when it still ends after the timeout."""
     run = find(args.run)
-    pidfd = _open_launcher(run)
+    pidfd = open_launcher(run)
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGINT)
         if args.now:
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     return 0 if ended else 1
 
 
-def _open_launcher(run: Path) -> int:
+def open_launcher(run: Path) -> int:
     """A descriptor of the launcher's process, made sure to be the one that was recorded, not a successor of its number."""
     entries = [entry for entry in read_json(run / "processes.json") if entry["role"] == "launcher"]
     if not entries:

@@ -1,0 +1,535 @@
+"""A checkpoint on disk: what its manifest says, whether it is true, and any part of any tensor of it.
+
+    checkpoints/step-00000500/MANIFEST.json + *.safetensors
+
+The manifest holds the state as a skeleton (see ``tree``), a table of its tensors, and a sha256 for each file. A tensor may lie in
+several *parts*, each a box of its elements, in any files; so it can be saved by as many processes as hold it, and read by others.
+
+Whatever is read here may be hostile: nothing is unpickled or evaluated, no file outside the directory is opened, no link is
+followed, and no memory is taken for more than the files hold. Imports no torch, so that the command line stays quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from paceline.terms.errors import FileError, UsageError
+from paceline.train.state import DTYPES, describe
+
+FORMAT, VERSION = "paceline checkpoint", 1
+MANIFEST = "MANIFEST.json"
+CHECKPOINTS, EARLIER = "checkpoints", "earlier"
+"""Below a run's directory: its checkpoints, and what earlier attempts at it have left."""
+TEMPORARY, TRASH = "tmp-", "trash-"
+
+_STEP = re.compile(r"step-(\d{8,18})(?:\.(\d{1,6}))?")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_JSON_CAP = 4 << 20  # bytes, and a 32nd of the data: JSON takes some twenty times its size when it is read
+_MOST_DIMS = 32
+_MOST_COMPARISONS = 500_000  # of parts with each other; two seconds
+_PIECE = 1 << 20
+_BIG = 1 << 63
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where a part begins and ends along each dimension."""
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+def step_name(step: int, again: int = 0) -> str:
+    """``step-00000500``; with `again`, another one of the same step."""
+    return f"step-{step:08d}" + (f".{again}" if again else "")
+
+
+def step_of(name: str) -> tuple[int, int] | None:
+    """Step and `again` of a checkpoint's name; None for other names."""
+    found = _STEP.fullmatch(name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def candidates(directory: Path) -> list[Path]:
+    """What is named as a checkpoint in `directory`, newest first; links are not."""
+    try:
+        with os.scandir(directory) as entries:
+            found = [(step, e.name) for e in entries if (step := step_of(e.name)) and e.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise FileError("PL613", f"{directory}: {error.strerror}") from error
+    return [directory / name for _, name in sorted(found, reverse=True)]
+
+
+def newest_valid(directory: Path, complain: Callable[[FileError], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole, opened; `complain` hears of those that are not. None where there is none."""
+    for path in candidates(directory):
+        try:
+            found = Checkpoint.open(path)
+        except FileError as error:
+            complain(error)
+            continue
+        try:
+            found.verify()
+        except FileError as error:
+            found.close()
+            complain(error)
+        else:
+            return found
+    return None
+
+
+def attempts(run_dir: Path) -> int:
+    """How often this run was begun before."""
+    return len(list((run_dir / EARLIER).glob("*")))
+
+
+def locate(path: Path) -> tuple[Path | None, Path]:
+    """What a person may have meant: a checkpoint, or the directory that holds a run's.
+
+    Returns:
+        The checkpoint or None, and the directory of checkpoints.
+    """
+    if (path / MANIFEST).exists() or step_of(path.name):
+        return path, path.parent
+    return None, path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+
+
+# ---- when to save ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to save and what to keep, as ``--checkpoint`` says it: ``every=500``, ``every=5min,keep=3,busy=wait``.
+
+    Attributes:
+        steps, seconds: How often; one of them is 0.
+        keep: How many checkpoints stay.
+        wait: When a checkpoint is due and the one before is still being written, training waits; else this one is left out.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    keep: int = 2
+    wait: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Raises UsageError PL105 for a text that says nothing of the kind."""
+        help = "write every=500 (steps), every=30s or every=5min; then, if need be, keep=3 and busy=wait."
+        found = dict(part.strip().partition("=")[::2] for part in text.split(","))
+        every = re.fullmatch(r"(\d{1,12})(s|min|h|)", found.pop("every", ""))
+        keep, busy = found.pop("keep", "2"), found.pop("busy", "skip")
+        if every is None or not int(every[1]) or found or busy not in ("skip", "wait"):
+            raise UsageError("PL105", f"--checkpoint {text}: this is not understood", help=help)
+        if not re.fullmatch(r"\d{1,6}", keep) or int(keep) < 1:
+            raise UsageError("PL105", f"--checkpoint {text}: keep at least 1", help=help)
+        number, unit = int(every[1]), every[2]
+        if not unit:
+            return cls(steps=number, keep=int(keep), wait=busy == "wait")
+        return cls(seconds=number * {"s": 1.0, "min": 60.0, "h": 3600.0}[unit], keep=int(keep), wait=busy == "wait")
+
+
+# ---- what a manifest says -------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class File:
+    """One data file: its name, its bytes, and their sha256."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a tensor's elements, in row-major order, at offset `at` of a file."""
+
+    file: int
+    at: int
+    box: Box
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(*self.box, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype][1]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+_SEAL = ',"sha256":"%s"}'
+
+
+def seal(text: bytes) -> bytes:
+    """A JSON object with the sha256 of itself as its last entry."""
+    return text[:-1] + (_SEAL % hashlib.sha256(text).hexdigest()).encode()
+
+
+def _unseal(raw: bytes) -> bytes:
+    """The object without it. Raises ValueError when a bit has changed."""
+    text = raw[: -len(_SEAL % ("0" * 64))] + b"}"
+    if seal(text) != raw:
+        raise ValueError("its own sha256 is another")
+    return text
+
+
+def _read_manifest(raw: bytes) -> tuple[dict[str, Any], list[File], dict[str, Entry]]:
+    """Parsed and checked in itself. Raises ValueError, TypeError, KeyError, RecursionError for anything else."""
+    said = json.loads(raw)
+    if not isinstance(said, dict) or (said["format"], said["version"]) != (FORMAT, VERSION):
+        raise ValueError(f"its format is not {FORMAT!r}, version {VERSION}")
+    for name in ("step", "epoch"):
+        _number(said[name])
+    if not isinstance(said["state"], dict):
+        raise TypeError("its state is no object")
+    files = [_file(file) for file in said["files"]]
+    if len({file.name for file in files}) != len(files):
+        raise ValueError("it names a file twice")
+    tensors = {str(name): _entry(entry, files) for name, entry in said["tensors"].items()}
+    _apart(tensors)
+    for name in names(said["state"]):
+        if name not in tensors:
+            raise ValueError(f"it has no tensor {name[:100]!r}")
+    return said, files, tensors
+
+
+def _number(value: Any, below: int = _BIG) -> int:
+    if type(value) is not int or not 0 <= value < below:
+        raise ValueError(f"{str(value)[:40]} is no count below {below}")
+    return value
+
+
+def _file(said: Mapping[str, Any]) -> File:
+    if not _FILE.fullmatch(said["name"]):
+        raise ValueError(f"{said['name'][:100]!r} is no name of a file beside the manifest")
+    if not _SHA256.fullmatch(said["sha256"]):
+        raise ValueError("a sha256 is none")
+    return File(said["name"], _number(said["bytes"]), said["sha256"])
+
+
+def _entry(said: Mapping[str, Any], files: Sequence[File]) -> Entry:
+    shape = tuple(_number(n) for n in said["shape"])
+    if said["dtype"] not in DTYPES or len(shape) > _MOST_DIMS:
+        raise ValueError(f"a tensor of {str(said['dtype'])[:20]!r} with {len(shape)} dimensions")
+    parts = tuple(_checked_part(part, shape, DTYPES[said["dtype"]][1], files) for part in said["parts"])
+    entry = Entry(said["dtype"], shape, parts)
+    covered = sum(math.prod(part.shape) for part in parts)
+    if covered != math.prod(shape):
+        raise ValueError(f"the parts of a tensor of shape {shape} have {covered} elements")
+    return entry
+
+
+def _checked_part(said: Mapping[str, Any], shape: tuple[int, ...], itemsize: int, files: Sequence[File]) -> Part:
+    start = tuple(_number(n) for n in said.get("start", (0,) * len(shape)))
+    stop = tuple(_number(n) for n in said.get("stop", shape))
+    part = Part(_number(said["file"], len(files)), _number(said["at"]), (start, stop))
+    if len(start) != len(shape) or any(not a < b <= n for a, b, n in zip(start, stop, shape, strict=True)):
+        raise ValueError(f"{start}..{stop} is no part of a tensor of shape {shape}")
+    if part.at + math.prod(part.shape) * itemsize > files[part.file].nbytes:
+        raise ValueError(f"a part reaches beyond the end of {files[part.file].name}")
+    return part
+
+
+def _apart(tensors: Mapping[str, Entry]) -> None:
+    """No two parts share bytes of a file, and no two parts of a tensor share elements."""
+    spans = sorted(
+        (part.file, part.at, part.at + math.prod(part.shape) * entry.itemsize)
+        for entry in tensors.values()
+        for part in entry.parts
+    )
+    for (file, _, end), (other, start, _) in itertools.pairwise(spans):
+        if file == other and start < end:
+            raise ValueError("two tensors lie in the same bytes of a file")
+    left = _MOST_COMPARISONS
+    for entry in tensors.values():
+        active: list[Box] = []
+        for box in () if _is_grid(entry) else sorted(part.box for part in entry.parts):
+            active = [other for other in active if other[1][0] > box[0][0]]
+            left -= len(active)
+            if left < 0:
+                raise ValueError("its tensors are cut too finely")
+            if any(_meet(box, other) is not None for other in active):
+                raise ValueError("two parts of a tensor overlap")
+            active.append(box)
+
+
+def _is_grid(entry: Entry) -> bool:
+    """The parts are the cells of a grid, as they are nearly always; then none meets another."""
+    cuts = [
+        {part.box[0][dim] for part in entry.parts} | {part.box[1][dim] for part in entry.parts}
+        for dim in range(len(entry.shape))
+    ]
+    after = [dict(itertools.pairwise(sorted(cut))) for cut in cuts]
+    cells = {part.box[0] for part in entry.parts}
+    single = all(
+        all(following.get(a) == b for a, b, following in zip(*part.box, after, strict=True)) for part in entry.parts
+    )
+    return single and len(cells) == len(entry.parts)
+
+
+def _meet(a: Box, b: Box) -> Box | None:
+    """What two boxes have in common."""
+    start, stop = tuple(map(max, a[0], b[0])), tuple(map(min, a[1], b[1]))
+    return (start, stop) if all(i < j for i, j in zip(start, stop, strict=True)) else None
+
+
+def names(skeleton: Any) -> Iterator[str]:
+    """Names of the tensors of a skeleton, each as often as it occurs."""
+    stack = [skeleton]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            if "$tensor" in value:
+                yield str(value["$tensor"])
+            else:
+                stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+class Checkpoint:
+    """A checkpoint that was opened. Its files stay open, so what :meth:`verify` has seen is what is read afterwards.
+
+    Attributes:
+        path: Where it lies.
+        said: The manifest.
+        digest: sha256 of the manifest: two checkpoints with the same one are the same.
+    """
+
+    def __init__(self, path: Path, said: dict[str, Any], files: list[File], tensors: dict[str, Entry]) -> None:
+        self.path, self.said, self.files, self.tensors = path, said, files, tensors
+        self.digest = ""
+        self._fds: list[int] = []
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read the manifest, and open the files that it names.
+
+        Raises:
+            FileError: PL613, there is no checkpoint, or it contradicts itself or its files' lengths.
+        """
+        try:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise FileError("PL613", f"{path}: {error.strerror}") from error
+        fds: list[int] = []
+        try:
+            raw = _read_small(directory, path)
+            said, files, tensors = _read_manifest(_unseal(raw))
+            found = cls(path, said, files, tensors)
+            for file in files:
+                fds.append(_open_regular(directory, file.name))
+                held = os.fstat(fds[-1]).st_size
+                if held != file.nbytes:
+                    raise ValueError(f"{file.name} has {held} bytes instead of {file.nbytes}")
+                _check_header(fds[-1], file, _spans(tensors, len(fds) - 1))
+        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            for fd in fds:
+                os.close(fd)
+            raise FileError("PL613", f"{path}: {_told(error)}") from error
+        finally:
+            os.close(directory)
+        found.digest, found._fds = hashlib.sha256(raw).hexdigest(), fds
+        return found
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its files. Idempotent."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps that it was saved after."""
+        return int(self.said["step"])
+
+    def damage(self) -> Iterator[str]:
+        """Read all of it; what is not as it was saved."""
+        for file, fd in zip(self.files, self._fds, strict=True):
+            digest = hashlib.sha256()
+            for piece in self._pieces(fd, 0, file.nbytes):
+                digest.update(piece)
+            if digest.hexdigest() != file.sha256:
+                yield f"{self.path / file.name}: its bytes are not those that were saved"
+
+    def verify(self) -> None:
+        """Read all of it. Raises FileError PL613 naming the first file that is not what was saved."""
+        for problem in self.damage():
+            raise FileError("PL613", problem)
+
+    def hash(self) -> str:
+        """The hash of the parameters, equal to that of the live models: see ``state.hash_tensors``."""
+        digest = hashlib.sha256()
+        for name, key in sorted(self._parameters()):
+            entry = self.tensors[key]
+            describe(digest, name, entry.dtype, entry.shape)
+            if len(entry.parts) == 1:
+                for piece in self._pieces(self._fds[entry.parts[0].file], entry.parts[0].at, entry.nbytes):
+                    digest.update(piece)
+            else:
+                digest.update(self.read(key))
+        return digest.hexdigest()
+
+    def _parameters(self) -> Iterator[tuple[str, str]]:
+        """Every tensor of the models' state by the name it is exported under, and its key in the table."""
+        models = self.said["state"].get("models", {})
+        try:
+            for label, model in models.items():
+                for name, leaf in model["state"].items():
+                    if isinstance(leaf, dict) and "$tensor" in leaf:
+                        yield (name if len(models) == 1 else f"{label}.{name}"), leaf["$tensor"]
+        except (AttributeError, TypeError, KeyError) as error:
+            raise FileError("PL613", f"{self.path}: its models cannot be read: {error!r}"[:300]) from error
+
+    def read(self, name: str, box: Box | None = None) -> bytearray:
+        """The elements of a tensor, or of a box of it, in row-major order."""
+        entry = self.tensors[name]
+        start, stop = box or ((0,) * len(entry.shape), entry.shape)
+        into = bytearray(math.prod(b - a for a, b in zip(start, stop, strict=True)) * entry.itemsize)
+        self.read_into(name, memoryview(into), (start, stop))
+        return into
+
+    def read_into(self, name: str, into: memoryview, box: Box | None = None) -> None:
+        """Read into memory: as many bytes as the elements have. Raises FileError PL613 when the file ends before."""
+        entry = self.tensors[name]
+        wanted = box or ((0,) * len(entry.shape), entry.shape)
+        shape = tuple(b - a for a, b in zip(*wanted, strict=True))
+        for part in entry.parts:
+            common = _meet(part.box, wanted)
+            if common is None:
+                continue
+            for source, target, count in _runs(common, part.box[0], part.shape, wanted[0], shape):
+                at, size = part.at + source * entry.itemsize, count * entry.itemsize
+                self._read_exactly(part.file, into[target * entry.itemsize :][:size], at)
+
+    def _read_exactly(self, file: int, into: memoryview, at: int) -> None:
+        while into:
+            count = os.preadv(self._fds[file], [into], at)
+            if not count:
+                raise FileError("PL613", f"{self.path / self.files[file].name} has become shorter")
+            into, at = into[count:], at + count
+
+    def _pieces(self, fd: int, at: int, nbytes: int) -> Iterator[bytes]:
+        while nbytes:
+            piece = os.pread(fd, min(nbytes, _PIECE), at)
+            if not piece:
+                raise FileError("PL613", f"{self.path}: a file has become shorter")
+            yield piece
+            at, nbytes = at + len(piece), nbytes - len(piece)
+
+
+def _runs(
+    common: Box, source: Sequence[int], source_shape: Sequence[int], target: Sequence[int], target_shape: Sequence[int]
+) -> Iterator[tuple[int, int, int]]:
+    """The stretches of a box that lie together in two row-major arrays: offsets in both, and their length.
+
+    Args:
+        common: The box, in coordinates of the whole tensor.
+        source, target: Where the arrays begin, in the same coordinates.
+    """
+    start, stop = common
+    shape = [b - a for a, b in zip(start, stop, strict=True)]
+    inner = len(shape)  # dimensions from here on lie together
+    while inner and (inner == len(shape) or shape[inner] == source_shape[inner] == target_shape[inner]):
+        inner -= 1
+    length = math.prod(shape[inner:])
+    for index in itertools.product(*(range(a, b) for a, b in zip(start[:inner], stop[:inner], strict=True))):
+        at = (*index, *start[inner:])
+        yield _offset(at, source, source_shape), _offset(at, target, target_shape), length
+
+
+def _offset(at: Sequence[int], origin: Sequence[int], shape: Sequence[int]) -> int:
+    offset = 0
+    for i, o, n in zip(at, origin, shape, strict=True):
+        offset = offset * n + i - o
+    return offset
+
+
+def _read_small(directory: int, path: Path) -> bytes:
+    """The manifest. Its size is bounded by that of the data, and so is the memory that reading it takes."""
+    fd = _open_regular(directory, MANIFEST)
+    try:
+        data = sum(
+            entry.stat(follow_symlinks=False).st_size for entry in os.scandir(directory) if _FILE.fullmatch(entry.name)
+        )
+        size = os.fstat(fd).st_size
+        if size > _JSON_CAP + data // 32:
+            raise ValueError(f"a manifest of {size} bytes for {data} bytes of data")
+        return b"".join(iter(lambda: os.read(fd, _PIECE), b""))
+    finally:
+        os.close(fd)
+
+
+Span = tuple[str, tuple[int, ...], int, int]
+"""Type, shape, begin and end of what lies together in a file."""
+
+
+def _spans(tensors: Mapping[str, Entry], file: int) -> set[Span]:
+    """What the manifest says of one file."""
+    return {
+        (entry.dtype, part.shape, part.at, part.at + math.prod(part.shape) * entry.itemsize)
+        for entry in tensors.values()
+        for part in entry.parts
+        if part.file == file
+    }
+
+
+def _check_header(fd: int, file: File, spans: set[Span]) -> None:
+    """The file is one of safetensors, and whoever reads it as such finds the same tensors where the manifest has them."""
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if file.nbytes < 8 or length > min(_JSON_CAP + file.nbytes // 32, file.nbytes - 8):
+        raise ValueError(f"{file.name} is no safetensors file")
+    said = json.loads(os.pread(fd, length, 8))
+    base = 8 + length
+    there = {
+        (entry["dtype"], tuple(entry["shape"]), base + entry["data_offsets"][0], base + entry["data_offsets"][1])
+        for name, entry in said.items()
+        if name != "__metadata__"
+    }
+    if not spans <= there:
+        raise ValueError(f"{file.name} and the manifest contradict each other")
+
+
+def _open_regular(directory: int, name: str) -> int:
+    """Open a file of the directory, which must be a file: no link, no pipe, no device."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError(f"{name} is no regular file")
+    return fd
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    if isinstance(error, RecursionError):
+        return "its manifest is nested too deeply"
+    if isinstance(error, KeyError):
+        return f"its manifest has no {str(error.args[0])[:60]!r}"
+    return f"its manifest cannot be believed: {error}"[:300]

@@ -1,0 +1,34 @@
+"""Peers of a test that meet on the tcp wire: each opens a lobby, and they tell each other where through files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from paceline.group.lobby import Lobby
+from paceline.group.tcp_wire import TcpWire
+from support.peers import Peer
+
+SECRET = bytes(range(32))
+_PATIENCE_S = 30.0
+
+
+def enter(peer: Peer, address: str = "tcp:127.0.0.1:0") -> tuple[Lobby, list[str]]:
+    """This peer's lobby, and everybody's address."""
+    lobby = Lobby(address.format(rank=peer.rank, pid=os.getpid()), SECRET)
+    mine = peer.directory / f"address{peer.rank}"
+    mine.with_suffix(".new").write_text(lobby.address)
+    mine.with_suffix(".new").rename(mine)
+    deadline = time.monotonic() + _PATIENCE_S
+    files = [peer.directory / f"address{rank}" for rank in range(peer.size)]
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, "not all have come"
+        time.sleep(0.002)
+    return lobby, [file.read_text() for file in files]
+
+
+def join_tcp(peer: Peer, lobby: Lobby, addresses: Sequence[str], epoch: int = 1, **settings: Any) -> TcpWire:
+    """This peer's wire."""
+    return TcpWire(addresses, peer.rank, SECRET, epoch, lobby, peer.activity, **settings)

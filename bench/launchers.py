@@ -33,12 +33,14 @@ class Column:
         peer: What ``peer.py`` is told to be.
         tuned: torchrun's processes get the settings that our launcher gives to its own.
         strategy: Strategy text for ``paceline run``.
+        workers: ``--workers``; ``{n}`` stands for the number of processes.
     """
 
     name: str
     peer: str
     tuned: bool = False
     strategy: str = "ddp()"
+    workers: str = "{n}"
 
     def command(self, processes: int, directory: Path, arguments: tuple[str, ...]) -> list[str]:
         if self.peer == "ddp":
@@ -52,6 +54,7 @@ class Column:
             ]
         else:
             options = ["-n", str(processes), "--run-dir", str(directory / "run"), "--strategy", self.strategy]
+            options += ["--workers", self.workers.format(n=processes)]
             head = [sys.executable, "-m", "paceline.launch.cli", "run", PEER, *options, "--"]
         return [*head, "--peer", self.peer, *arguments]
 
@@ -66,6 +69,7 @@ class Column:
 DDP = Column("torchrun + DDP", "ddp")
 DDP_TUNED = Column("torchrun + DDP, our settings", "ddp", tuned=True)
 PACELINE = Column("paceline", "paceline")
+PACELINE_ELASTIC = Column("paceline, elastic", "paceline", workers="1:{n}")
 PACELINE_SHARED = Column("paceline, params=shared", "paceline", strategy="ddp(params=shared)")
 
 

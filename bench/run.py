@@ -17,6 +17,7 @@ BENCHMARKS = {  # name: file, and what makes it quick
     "train": ("train_bench.py", "--quick"),
     "plain": ("plain_bench.py", "--quick"),
     "start": ("start_bench.py", "--quick"),
+    "elastic": ("elastic_bench.py", "--quick"),
     "network": ("network_bench.py", "--quick"),
 }
 

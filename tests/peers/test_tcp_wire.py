@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from paceline.group import roll
 from paceline.group.channels import EAGER, EARLY
 from paceline.group.lobby import Lobby
 from paceline.group.secure import connect
@@ -204,14 +205,16 @@ def run_ahead(peer: Peer) -> list[Any]:
             else:
                 got = [wire.start(Receive(0, torch.empty(numel), n)).wait()[-1].item() for n in reversed(numbers)]
                 assert got == [float(n) for n in reversed(numbers)]
-                left.append(wire._peers[0]._early_nbytes)
             wire.barrier("next")
+            left += [wire._peers[0]._early_nbytes] if peer.rank else []
+            wire.barrier("seen")
     return left
 
 
 def test_messages_may_be_asked_for_in_another_order() -> None:
-    """Long ones wait at the sender, short ones at the receiver, who holds nothing in the end."""
-    assert run_peers(run_ahead, 2) == [[], [0, 0, 0]]
+    """Long ones wait at the sender, short ones at the receiver, who holds nothing in the end but who is in the next call."""
+    _, left = run_peers(run_ahead, 2)
+    assert max(left) <= roll.FRAME
 
 
 def overflow(peer: Peer) -> list[Any]:
@@ -468,14 +471,16 @@ def change_epochs(peer: Peer) -> list[Any]:
         work.wait()
         wire.close()
         del wire
-        counts.append([len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))])
+        counts.append([len(os.listdir("/proc/self/fd")), threading.active_count()])
     lobby.close()
     return counts
 
 
 def test_epochs_follow_each_other_and_leave_nothing() -> None:
     for counts in run_peers(change_epochs, 3):
-        assert counts == [counts[0]] * 10
+        (first, threads), (last, _) = counts[0], counts[-1]
+        assert last <= first  # after the first, others may be here for the second
+        assert {number for _, number in counts} == {threads}
 
 
 @pytest.fixture

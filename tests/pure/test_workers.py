@@ -8,7 +8,6 @@ import pytest
 
 from paceline.group.coordinator import Control
 from paceline.launch import line
-from paceline.launch.commands import run
 from paceline.launch.commands.run import workers
 from paceline.launch.crew import slots
 from paceline.launch.muster import MOST_WORKERS
@@ -67,23 +66,19 @@ def test_limits_that_cannot_be(processes: int | None, text: str) -> None:
         (False, 4, (4, 0, 0)),
     ],
 )
-def test_the_default(
-    default: bool, processes: int | None, expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "ELASTIC_BY_DEFAULT", default)
-    assert workers(processes, None, NEW, False) == expected
+def test_the_default(default: bool, processes: int | None, expected: tuple[int, int, int]) -> None:
+    assert workers(processes, None, NEW, False, default) == expected
 
 
 @pytest.mark.parametrize("default", [True, False])
-def test_a_plan_keeps_what_it_says(default: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "ELASTIC_BY_DEFAULT", default)
+def test_a_plan_keeps_what_it_says(default: bool) -> None:
     exact: dict[str, Any] = {"processes": 4}
     elastic = exact | {"workers_min": 2, "workers_max": 4}
-    assert workers(None, None, Plan("a.py", **exact), True) == (4, 0, 0)
-    assert workers(None, None, Plan("a.py", **elastic), True) == (4, 2, 4)
-    assert workers(6, None, Plan("a.py", **elastic), True) == (6, 2, 6)
-    assert workers(1, None, Plan("a.py", **elastic), True) == (1, 1, 4)
-    assert workers(None, "4", Plan("a.py", **elastic), True) == (4, 0, 0)
+    assert workers(None, None, Plan("a.py", **exact), True, default) == (4, 0, 0)
+    assert workers(None, None, Plan("a.py", **elastic), True, default) == (4, 2, 4)
+    assert workers(6, None, Plan("a.py", **elastic), True, default) == (6, 2, 6)
+    assert workers(1, None, Plan("a.py", **elastic), True, default) == (1, 1, 4)
+    assert workers(None, "4", Plan("a.py", **elastic), True, default) == (4, 0, 0)
 
 
 def test_the_board_has_room_for_replacements() -> None:

@@ -90,7 +90,7 @@ class Streams:
         # Counted: a fork that seeds with the same number again is another stream than the one it returns to.
         self._installed += 1
         state = json.loads(raw)
-        self._base = derive(state["torch"], self._installed)
+        self._base = derive(state["torch"])
         self._install(derive(raw, self._installed), RandomState.from_json(state))
 
     def align(self, generators: Sequence[Any]) -> None:

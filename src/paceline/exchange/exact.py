@@ -66,9 +66,9 @@ def fold(terms: Tensor, sums: Tensor, *, first: bool) -> None:
 
 def total(sums: Tensor) -> Tensor:
     """The sums as numbers of one word, each rounded once: a view of the first half of `sums`."""
-    high, low = sums.view(2, -1)
-    high += low
-    return high
+    words = sums.view(2, -1)
+    words[0] += words[1]
+    return words[0]
 
 
 def mean(sums: Tensor, weights: list[float], divisor: float) -> Tensor:
@@ -78,9 +78,7 @@ def mean(sums: Tensor, weights: list[float], divisor: float) -> Tensor:
         weights: Of each shard, in any order; their sum is rounded once.
     """
     weight, found = math.fsum(weights), total(sums)
-    if weight not in (0.0, divisor):
-        found *= divisor / weight
-    return found
+    return found if weight in (0.0, divisor) else found.mul_(divisor / weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paceline.exchange.chain import Chain, Exchange
+from paceline.exchange.chain import Exchange
 from paceline.exchange.link import Message, State
 from paceline.group.memory_wire import MemoryNetwork, MemoryWire, PerPair, Span
 from paceline.group.virtual import Elapse, Promise, Until
@@ -95,6 +95,7 @@ class _Live:
     buffer: Buffer
     views: dict[int, Tensor]
     states: list[State]
+    wide: Buffer | None
 
     def fill(self, tensors: Sequence[Tensor], factor: float) -> None:
         for i, view in self.views.items():
@@ -107,11 +108,11 @@ class _Peer:
     ) -> None:
         self.rank = rank
         self.parameters = [nn.Parameter(p.detach().clone()) for p in parameters]
-        self._network, self._chain = network, exchange.chain
+        self._network, self._chain, self._shards = network, exchange.chain, exchange.shards
         self._optimizer = optimizer(self.parameters)
         limit = BUCKET if exchange.bucket_mb is None else exchange.bucket_mb * 2**20
         self._buckets = [
-            _live(network.wire(rank), exchange.chain, number, indices, self.parameters)
+            _live(network.wire(rank), exchange, number, indices, self.parameters)
             for number, indices in enumerate(_groups(self.parameters, limit))
         ]
 
@@ -132,7 +133,8 @@ class _Peer:
 
     def _launch(self, part: _Part, live: _Live, step: int, weight: float) -> Promise[Message]:
         size = self._network.size
-        message = Message(live.bucket, live.buffer, [weight], float(size), self.rank, size, step)
+        message = Message(live.bucket, live.buffer, [weight], float(size), self.rank, size, step, wide=live.wide)
+        message.shard = self.rank % max(1, self._shards)
         return self._network.spawn(self.rank, part(message, live.states))
 
     def _step(self) -> None:
@@ -163,7 +165,7 @@ def _groups(parameters: Sequence[Tensor], limit: float) -> Iterator[list[int]]:
     yield group
 
 
-def _live(wire: MemoryWire, chain: Chain, number: int, indices: list[int], parameters: Sequence[Tensor]) -> _Live:
+def _live(wire: MemoryWire, exchange: Exchange, number: int, indices: list[int], parameters: Sequence[Tensor]) -> _Live:
     slots, views, at = [], {}, 0
     for i in indices:
         slots.append(Slot(str(i), at, parameters[i].numel(), tuple(parameters[i].shape)))
@@ -173,4 +175,7 @@ def _live(wire: MemoryWire, chain: Chain, number: int, indices: list[int], param
     (buffer,) = wire.cut(wire.allocate(at, first.dtype, first.device), [at], [1])
     for i, slot in zip(indices, slots, strict=True):
         views[i] = buffer.tensor[slot.offset : slot.offset + slot.numel].view(slot.shape)
-    return _Live(bucket, buffer, views, chain.init(bucket))
+    wide = None
+    if exchange.shards:
+        (wide,) = wire.cut(wire.allocate(2 * at, torch.float64, first.device), [2 * at], [1 + exchange.shards])
+    return _Live(bucket, buffer, views, exchange.chain.init(bucket), wide)

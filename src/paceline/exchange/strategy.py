@@ -64,6 +64,11 @@ def check(text: str) -> str:
     return build(text).text
 
 
+def threads(text: str) -> int | None:
+    """How many threads each rank must have under this strategy; None when that is free (or the script decides)."""
+    return 1 if text and build(text).shards else None
+
+
 def _settled(call: Call) -> Call:
     """`call` with words as strings and codecs as values in its arguments."""
     args = tuple(_value(v) for v in call.args)

@@ -30,6 +30,7 @@ SLICE_S = 0.02
 _USER_TIMEOUT_MS = 15_000  # for how long what was sent may stay unanswered; membership notices far earlier
 _BACKLOG = 1024
 _IOV = 64
+_AHEAD = 1 << 12  # bytes that are received in advance, where less was wanted
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 Steps = Generator[int, None, None]
@@ -43,12 +44,15 @@ class Line:
         peer: Whose, for people.
         local: Whether what is sent never leaves this machine.
         read_events, write_events: What to wait for when :meth:`read` or :meth:`write` has done nothing.
+        reads_ahead: Whether more may be received than was wanted. Only :meth:`read` knows of it then, and no selector.
     """
 
     read_events, write_events = select.POLLIN, select.POLLOUT
+    reads_ahead = False
 
     def __init__(self, connected: socket.socket, peer: str, local: bool) -> None:
         self.sock, self.peer, self.local = connected, peer, local
+        self._ahead: memoryview | None = None
         connected.setblocking(False)
         if connected.family != socket.AF_UNIX:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,7 +65,27 @@ class Line:
         return self.sock.fileno()
 
     def read(self, view: memoryview) -> int:
-        """Receive some bytes; 0 when there are none now. Raises PeerLost PL431."""
+        """Receive some bytes; 0 when there are none now. Short pieces come out of what was received in advance.
+
+        Raises:
+            PeerLost: The stream has ended (PL431).
+            WireError: Something else than TLS came (PL432).
+        """
+        if self._ahead is None:
+            if len(view) >= _AHEAD or not self.reads_ahead:
+                return self.receive(view)
+            memory = memoryview(bytearray(_AHEAD))
+            count = self.receive(memory)
+            if not count:
+                return 0
+            self._ahead = memory[:count]
+        count = min(len(view), len(self._ahead))
+        view[:count] = self._ahead[:count]
+        self._ahead = self._ahead[count:] if count < len(self._ahead) else None
+        return count
+
+    def receive(self, view: memoryview) -> int:
+        """What :meth:`read` does, of the socket itself."""
         try:
             count = self.sock.recv_into(view)
         except BlockingIOError:
@@ -107,7 +131,7 @@ class TlsLine(Line):
         import ssl
 
         self._ssl, self._lock, self._ready = ssl, threading.Lock(), False
-        self.peer, self.local = line.peer, line.local
+        self.peer, self.local, self._ahead = line.peer, line.local, None
         try:
             self._tls = context.wrap_socket(line.sock, server_side=server, do_handshake_on_connect=False)
         except (OSError, ValueError) as error:  # it has ended before it began
@@ -121,7 +145,7 @@ class TlsLine(Line):
             if events:
                 yield events
 
-    def read(self, view: memoryview) -> int:
+    def receive(self, view: memoryview) -> int:
         count, events = self._try(self._tls.recv_into, view)
         self.read_events = events
         if not events and not count:

@@ -12,13 +12,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from paceline.group import arena
 from paceline.group.solo_wire import SoloWire
 from paceline.group.wire import Wire
 from paceline.terms.activity import Activity, Board, Phase
 from paceline.terms.errors import Aborted, PeerLost, WireError
+
+if TYPE_CHECKING:
+    from paceline.group.lobby import Lobby
 
 
 class ViewLike(Protocol):
@@ -93,13 +96,34 @@ class Reunion:
         member: Its connection to the coordinator.
         host: Text that is equal for processes that can share memory.
         slot: Its page on the board.
+        pages: Text that is equal for processes with the same board.
         board, activity: Read and written while waiting.
+        lobby, secret: Where members of other hosts reach this process, and what both know; None: there are no other hosts.
+        always_tcp: Do not share memory.
     """
 
-    def __init__(self, member: Membership, host: str, slot: int, board: Board, activity: Activity) -> None:
+    def __init__(
+        self,
+        member: Membership,
+        host: str,
+        slot: int,
+        pages: str,
+        board: Board,
+        activity: Activity,
+        *,
+        lobby: Lobby | None = None,
+        secret: bytes = b"",
+        always_tcp: bool = False,
+    ) -> None:
         self.member = member
-        self._host, self._slot, self._board, self._activity = host, slot, board, activity
+        self._host, self._slot, self._pages, self._board, self._activity = host, slot, pages, board, activity
+        self._lobby, self._secret, self._always_tcp = lobby, secret, always_tcp
         self._arena = -1
+
+    @property
+    def one_host(self) -> bool:
+        """All members will always share memory."""
+        return self._lobby is None
 
     def meet(self, applied: int) -> Epoch:
         """Wait for the others and open the wire of the next epoch.
@@ -127,7 +151,9 @@ class Reunion:
 
     def _report(self, view: ViewLike, applied: int) -> dict[str, Any]:
         self._drop_arena()
-        said: dict[str, Any] = {"applied": applied, "host": self._host, "slot": self._slot}
+        said: dict[str, Any] = {"applied": applied, "host": self._host, "slot": self._slot, "pages": self._pages}
+        if self._lobby is not None:
+            said["lobby"] = self._lobby.address
         if view.members[0].name == self.member.name and len(view.members) > 1:
             self._arena = arena.create()
             said["arena"] = arena.share_handle(self._arena)
@@ -146,20 +172,45 @@ class Reunion:
         size = len(hosts)
         if size == 1:
             return SoloWire()
-        if len(set(hosts)) > 1:
-            raise WireError("PL411", "the members are on several hosts, and no wire between hosts was made")
+        one_board = len({said["pages"] for said in met.reports}) == 1
+        names = [int(said["slot"]) for said in met.reports] if one_board else list(range(size))
+        if len(set(hosts)) > 1 or self._always_tcp:
+            return self._tcp_wire(met, rank, hosts, names)
         from paceline.group.shm_wire import ShmWire
 
         fd = self._arena if rank == 0 else self._open_arena(met.reports[0]["arena"])
         try:
-            slots = [int(said["slot"]) for said in met.reports]
             evicted = self.member.evicted
-            wire = ShmWire(fd, rank, size, self._board, self._activity, names=slots, evicted=evicted)
+            wire = ShmWire(fd, rank, size, self._board, self._activity, names=names, evicted=evicted)
             wire.barrier("epoch begins")  # until all have opened the memory its maker keeps it
             return wire
         finally:
             if rank:
                 os.close(fd)
+
+    def _tcp_wire(self, met: MeetingLike, rank: int, hosts: Sequence[str], names: Sequence[int]) -> Wire:
+        """Raises WireError PL411 where members of several hosts have no address to reach each other at."""
+        addresses = [said.get("lobby") for said in met.reports]
+        if self._lobby is None or None in addresses:
+            raise WireError(
+                "PL411",
+                "the members are on several hosts, and the run was not started for that",
+                help="start it with `--listen HOST`, an address of this machine that the others reach.",
+            )
+        from paceline.group.tcp_wire import TcpWire
+
+        known = list(dict.fromkeys(hosts))
+        return TcpWire(
+            [str(address) for address in addresses],
+            rank,
+            self._secret,
+            met.view.epoch,
+            self._lobby,
+            self._activity,
+            names=names,
+            hosts=[known.index(host) for host in hosts],
+            evicted=self.member.evicted,
+        )
 
     def _open_arena(self, handle: str) -> int:
         try:

@@ -21,8 +21,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,7 @@ class Connection:
     def __init__(self, line: Line, session: keys.Session, caps: Caps) -> None:
         self.role, self.about, self.peer = session.role, session.about, line.peer
         self._line = line
+        line.reads_ahead = True  # nothing has come yet, so whoever selects first, and polls until None, misses nothing
         self._inbox, self._outbox = Inbox(session.receive_key, caps), Outbox(session.send_key)
         self._sending, self._receiving = threading.RLock(), threading.RLock()
         self._failure: PacelineError | None = None
@@ -89,10 +90,11 @@ class Connection:
             PeerLost: The connection has ended, or could not take it in time and is closed therefore (PL431).
         """
         deadline = _deadline(timeout)
-        with self._sending, self._telling():
+        with self._sending:
             self._outbox.put(kind, meta, [memoryview(buffer).cast("B") for buffer in buffers])
-            if not wait_for(_flush(self._line, self._outbox), self._line, deadline):
-                raise PeerLost("PL431", f"{self.peer} took nothing for {timeout:g} s")
+            while not self.flush():
+                if not self._line.wait(self._line.write_events, _left(deadline)):
+                    raise self._failed(PeerLost("PL431", f"{self.peer} took nothing for {timeout:g} s"))
 
     def recv(self, place: Place | None = None) -> Frame:
         """Wait for the next frame.
@@ -110,16 +112,24 @@ class Connection:
 
     def try_recv(self, timeout: float | None, place: Place | None = None) -> Frame | None:
         """The next frame, or None when it has not come, or not to its end, within `timeout` seconds. Raises like :meth:`recv`."""
-        with self._receiving, self._telling():
-            self._inbox.place = place
-            found: list[Frame] = []
-            wait_for(_collect(self._line, self._inbox, found), self._line, _deadline(timeout))
-            return found[0] if found else None
+        deadline = _deadline(timeout)
+        with self._receiving:
+            while (frame := self.poll(place)) is None:
+                if not self._line.wait(self._line.read_events, _left(deadline)):
+                    break
+            return frame
 
     # -- not waiting
     def poll(self, place: Place | None = None) -> Frame | None:
         """The next frame if it is there. Raises like :meth:`recv`."""
-        return self.try_recv(0.0, place)
+        with self._receiving:
+            if self._failure is not None:
+                raise self._failure
+            self._inbox.place = place
+            try:
+                return _take(self._line, self._inbox)
+            except PacelineError as error:
+                raise self._failed(error) from error.__cause__
 
     def post(
         self,
@@ -136,8 +146,13 @@ class Connection:
 
     def flush(self) -> bool:
         """Send what can be sent without waiting; True when nothing is left. Raises PeerLost PL431."""
-        with self._sending, self._telling():
-            return wait_for(_flush(self._line, self._outbox), self._line, 0.0)
+        with self._sending:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return _give(self._line, self._outbox)
+            except PacelineError as error:
+                raise self._failed(error) from error.__cause__
 
     @property
     def unsent(self) -> int:
@@ -156,16 +171,11 @@ class Connection:
         with self._sending, self._receiving:
             self._line.close()
 
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        if self._failure is not None:
-            raise self._failure
-        try:
-            yield
-        except PacelineError as error:
-            self._failure = self._failure or error
-            self._line.cut()
-            raise self._failure from error.__cause__
+    def _failed(self, error: PacelineError) -> PacelineError:
+        """The first failure stays."""
+        self._failure = self._failure or error
+        self._line.cut()
+        return self._failure
 
 
 def connect(
@@ -417,49 +427,54 @@ def _greeting(
     if isinstance(line, TlsLine):
         yield from line.handshake()
     inbox, outbox = Inbox(NO_KEY, keys.GREETING), Outbox(NO_KEY)
-    frames: list[Frame] = []
     try:
         message = next(talk)
         while True:
             if message is not None:
                 outbox.put(*message)
-                yield from _flush(line, outbox)
-            yield from _collect(line, inbox, frames)
+                while not _give(line, outbox):
+                    yield line.write_events
+            while (frame := _take(line, inbox)) is None:
+                yield line.read_events
             heard()
-            message = talk.send(frames.pop())
+            message = talk.send(frame)
     except StopIteration as end:
         session: keys.Session = end.value
     except WireError as error:
         if error.code != "PL431":
             outbox.put(keys.REFUSED, {})
             with suppress(PacelineError):
-                next(_flush(line, outbox), None)
+                _give(line, outbox)
         raise
     if session.last is not None:
         outbox.put(*session.last)
-        yield from _flush(line, outbox)
+        while not _give(line, outbox):
+            yield line.write_events
     found.append(session)
 
 
-def _flush(line: Line, outbox: Outbox) -> Steps:
-    """Send all that is in the outbox."""
+def _give(line: Line, outbox: Outbox) -> bool:
+    """Send what can be sent now; True when that is all."""
     while pieces := outbox.pieces():
         count = line.write(pieces)
-        if count:
-            outbox.sent(count)
-        else:
-            yield line.write_events
-
-
-def _collect(line: Line, inbox: Inbox, found: list[Frame]) -> Steps:
-    """Receive one frame."""
-    while not found:
-        count = line.read(inbox.want())
         if not count:
-            yield line.read_events
-        elif (frame := inbox.got(count)) is not None:
-            found.append(frame)
+            return False
+        outbox.sent(count)
+    return True
+
+
+def _take(line: Line, inbox: Inbox) -> Frame | None:
+    """Receive what is there, up to the end of a frame, which is returned."""
+    while count := line.read(inbox.want()):
+        frame = inbox.got(count)
+        if frame is not None:
+            return frame
+    return None
 
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else deadline - time.monotonic()

@@ -7,8 +7,8 @@
    (see ``channels``).
 
 Note [driver]: sockets never block, and one thread at a time moves everything: the one that waits, or, while nobody does and
-there is something to do, a thread of the wire. So transfers go on while the caller computes, and whoever waits is not woken up
-by another thread but by its own data.
+something is under way that is worth it, a thread of the wire. So transfers go on while the caller computes, and whoever waits is
+not woken up by another thread but by its own data. One short sum alone is not worth it: two threads that take turns cost more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from paceline.group import roll, tail
-from paceline.group.channels import CAPS, Message, Peer
+from paceline.group.channels import CAPS, EAGER, Message, Peer
 from paceline.group.collectives import all_reduce_by
 from paceline.group.lobby import Lobby
 from paceline.group.secure import Connection, connect
@@ -151,7 +151,8 @@ class TcpWire:
     # -- requests
     def start(self, request: Request[T]) -> Work[T]:
         """See ``Wire.start``."""
-        flight: _Flight[T] = _Flight(self)
+        short = isinstance(request, AllReduce) and request.buffer.tensor.nbytes <= EAGER
+        flight: _Flight[T] = _Flight(self, not short)
         with self._driving():
             self._take_off(flight, partial(self._issue, request, ""))
         return flight
@@ -270,7 +271,7 @@ class TcpWire:
         return [bytes(row) for row in memory]
 
     def _block(self, what: str, coroutine: Coroutine[Any, Any, None]) -> None:
-        flight: _Flight[None] = _Flight(self)
+        flight: _Flight[None] = _Flight(self, long=False)
         try:
             with self._activity.during(Phase.WAIT, what), self._driving():
                 self._take_off(flight, partial(self._run, coroutine, "c"))
@@ -303,7 +304,7 @@ class TcpWire:
         try:
             yield
         finally:
-            if self._flights:
+            if len(self._flights) > 1 or any(flight.long for flight in self._flights):
                 self._meanwhile.set()
             self._lock.release()
 
@@ -315,6 +316,15 @@ class TcpWire:
                     self._meanwhile.clear()
                 elif self._meanwhile.is_set():
                     self._turn(_NAP_S)
+
+    def over(self, flight: _Flight[Any]) -> bool:
+        """Whether `flight` has ended, after moving what can be moved if nobody else does."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._turn(0)
+            finally:
+                self._lock.release()
+        return flight not in self._flights
 
     def wait(self, flight: _Flight[Any]) -> None:
         """Drive until `flight` has landed. Raises PeerLost PL403, Aborted PL404, WireError."""
@@ -364,6 +374,7 @@ class TcpWire:
             peer.lost = error
             self._epoll.unregister(fd)
             if peer.needed:
+                self._look()  # the reason may be known
                 raise self._lost(peer, error) from error
             return
         if peer.events != self._events[fd][1]:
@@ -429,15 +440,15 @@ class TcpWire:
 
 
 class _Flight(Generic[T]):
-    """A request under way."""
+    """A request under way. A `long` one is worth another thread."""
 
-    def __init__(self, wire: TcpWire) -> None:
-        self._wire = wire
+    def __init__(self, wire: TcpWire, long: bool) -> None:
+        self._wire, self.long = wire, long
         self.value: list[T] = []
 
     def poll(self) -> bool:
-        """See ``Work.poll``: the wire's thread moves it."""
-        return bool(self.value) or self not in self._wire._flights
+        """See ``Work.poll``."""
+        return bool(self.value) or self._wire.over(self)
 
     def wait(self) -> T:
         """See ``Work.wait``."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -179,6 +180,19 @@ def host_identity() -> str:
     except OSError:
         boot, processes = "", 0
     return json.dumps([socket.gethostname(), boot, processes, os.getuid()])
+
+
+def own_address(coordinator: str) -> str:
+    """Where this process can be reached by whoever reaches the coordinator at this address; a free port."""
+    scheme, _, rest = coordinator.partition(":")
+    if scheme != "tcp":
+        return f"unix:@paceline-{secrets.token_hex(8)}"
+    host, _, port = rest.rpartition(":")
+    family, _, _, _, there = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # sends nothing: the kernel says which way it would go
+        probe.connect(there)
+        mine = probe.getsockname()[0]
+    return f"tcp:[{mine}]:0" if family == socket.AF_INET6 else f"tcp:{mine}:0"
 
 
 def numbered(identities: Sequence[str]) -> tuple[int, ...]:

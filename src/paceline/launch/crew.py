@@ -32,11 +32,11 @@ from paceline.launch.env import VARIABLE, Handoff
 from paceline.launch.host import Host
 from paceline.launch.muster import MOST_WORKERS
 from paceline.launch.rundir import ProcessEntry, RunDirectory, now_text, start_ticks
+from paceline.launch.tuning import has_accelerator
 from paceline.terms.activity import Board, Snapshot
 from paceline.terms.errors import UsageError
 from paceline.terms.plan import Place, Plan
 
-_ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 _WORKER = (sys.executable, "-m", "paceline.launch.worker")
 _RENDEZVOUS = "rendezvous"
 _FEWEST_SLOTS = 16
@@ -180,7 +180,7 @@ class Crew:
         wire = plan.wire
         several = self.size > 1
         self._arena_fd = self._make_arena() if several and wire != "torch" else -1
-        may_need_c10d = wire == "torch" or (wire == "auto" and any(map(os.path.exists, _ACCELERATORS)))
+        may_need_c10d = wire == "torch" or (wire == "auto" and has_accelerator())
         self._store = self._open_store() if several and may_need_c10d else ""
         numbers = range(first, first + self.size)
         incarnations = {number: secrets.token_hex(16) for number in numbers}

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from paceline.launch import plan_file
 from paceline.terms.errors import FileError, UsageError
 from paceline.terms.plan import Plan
-from paceline.train.checkpoint_files import EARLIER, attempts
+from paceline.train.attempts import EARLIER, earlier
 
 Role = Literal["launcher", "coordinator", "worker"]
 State = Literal["starting", "running", "finished", "failed", "stopped", "lost"]
@@ -123,7 +123,7 @@ def set_aside(path: Path) -> None:
     """What an earlier attempt at this run has left goes to ``earlier/1``, ``earlier/2`` …; its checkpoints stay."""
     if not (path / "run.json").exists():
         return
-    place = path / EARLIER / str(attempts(path) + 1)
+    place = path / EARLIER / str(len(earlier(path)) + 1)
     place.mkdir(parents=True)
     (path / "secret").unlink(missing_ok=True)
     for name in _OF_AN_ATTEMPT:

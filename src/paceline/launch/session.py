@@ -97,18 +97,39 @@ class Session:
         place = self.place
         if not place.coordinator:
             return None
+        from paceline.group.coordinator import CAPS
         from paceline.group.member import Member
         from paceline.group.reunion import Reunion
         from paceline.group.secure import connect
         from paceline.group.view import Identity
-        from paceline.launch.connect import host_identity
+        from paceline.launch.connect import host_identity, own_address
 
         secret = os.pread(place.secret_fd, _SECRET, 0)
-        host = host_identity()
+        host, always_tcp = host_identity(), place.plan.wire == "tcp"
         identity = Identity(place.name, place.incarnation)
         about = {"host": host, "pid": os.getpid(), "slot": place.slot}
-        member = Member(lambda: connect(place.coordinator, secret, "worker", 5.0), identity, about)
-        return Reunion(member, host, place.slot, self.board, self.activity)
+        member = Member(lambda: connect(place.coordinator, secret, "worker", 1.0, caps=CAPS), identity, about)
+        lobby = None
+        if always_tcp or place.coordinator.startswith("tcp:"):
+            from paceline.group.lobby import Lobby
+
+            lobby = Lobby(own_address(place.coordinator), secret)
+            self._listens(lobby.address)
+        pages = f"{host} {os.fstat(place.board_fd).st_ino}"
+        return Reunion(
+            member,
+            host,
+            place.slot,
+            pages,
+            self.board,
+            self.activity,
+            lobby=lobby,
+            secret=secret,
+            always_tcp=always_tcp,
+        )
+
+    def _listens(self, address: str) -> None:
+        """This process has a listening socket."""
 
     def _say_overridden(self, strategy: str | Exchange) -> None:
         from paceline.exchange.strategy import build
@@ -165,6 +186,9 @@ class LaunchedSession(Session):
         if opened := listening() - before:
             self.report("listening", addresses=sorted(opened))
         return wire
+
+    def _listens(self, address: str) -> None:
+        self.report("listening", addresses=[address])
 
     def report(self, kind: str, **data: Any) -> None:
         """Tell the launcher. It is gone when it does not listen; then so is this process, soon."""

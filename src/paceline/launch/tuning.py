@@ -25,6 +25,13 @@ _FILES_PER_RANK = 6  # two pipes of output, reports, life, the process itself, i
 _FILES_BESIDES = 64
 _MIB = 1 << 20
 
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has a device whose memory is not the processor's."""
+    return any(map(os.path.exists, _ACCELERATORS))
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:

@@ -227,6 +227,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "call `job.adopt` once, with everything, before the loop.",
     ),
     # ---- PL4xx: step and wire -------------------------------------------------------------------------------------
+    "PL311": Explanation(
+        "nobody can join this loop",
+        "A worker that comes late begins in the epoch where the others are. It learns which one that is from `job.epochs`; a loop over "
+        "`range(n)` would begin at 0.",
+        "write `for epoch in job.epochs(n):`. Until then the workers that are left go on without a replacement.",
+    ),
     "PL401": Explanation(
         "ranks do not agree on the number of optimizer steps",
         "The message of each gradient carries how many steps its sender has applied. The counts differ: some ranks called "

@@ -47,7 +47,7 @@ def _show(value: Value) -> str:
     return str(value) if isinstance(value, Call) else repr(value)
 
 
-WireName = Literal["auto", "shm", "torch"]
+WireName = Literal["auto", "shm", "tcp", "torch"]
 
 
 @dataclass(frozen=True, slots=True)

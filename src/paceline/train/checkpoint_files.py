@@ -29,8 +29,8 @@ from paceline.train.state import DTYPES, describe
 
 FORMAT, VERSION = "paceline checkpoint", 1
 MANIFEST = "MANIFEST.json"
-CHECKPOINTS, EARLIER = "checkpoints", "earlier"
-"""Below a run's directory: its checkpoints, and what earlier attempts at it have left."""
+CHECKPOINTS = "checkpoints"
+"""Where they are, below a run's directory."""
 TEMPORARY, TRASH = "tmp-", "trash-"
 
 _STEP = re.compile(r"step-(\d{8,18})(?:\.(\d{1,6}))?")
@@ -86,11 +86,6 @@ def newest_valid(directory: Path, complain: Callable[[FileError], None]) -> Chec
         else:
             return found
     return None
-
-
-def attempts(run_dir: Path) -> int:
-    """How often this run was begun before."""
-    return len(list((run_dir / EARLIER).glob("*")))
 
 
 def locate(path: Path) -> tuple[Path | None, Path]:

@@ -35,8 +35,9 @@ from paceline.terms.plan import Place
 from paceline.train import adopt as adoption
 from paceline.train import replicas, state
 from paceline.train import tree as trees
+from paceline.train.attempts import earlier
 from paceline.train.checkpoint import Checkpointer
-from paceline.train.checkpoint_files import CHECKPOINTS, Checkpoint, Policy, attempts
+from paceline.train.checkpoint_files import CHECKPOINTS, Checkpoint, Policy
 from paceline.train.counters import Counters
 from paceline.train.ledger import Ledger
 from paceline.train.loop import Loop
@@ -100,7 +101,9 @@ class Job:
             self._members = Members(reunion, place.joins, self._loop, ledger, sink, hands)
             self._loop.on_boundary = self._members.at_boundary
         lost = self._members.lost_in_optimizer if self._members is not None else None
-        self._steps = OwnedSteps(self._loop, activity, self._step_without_loader, lost)
+        self._steps = OwnedSteps(
+            self._loop, activity, self._step_without_loader, lost, reunion is not None and reunion.one_host
+        )
         self._checkpointer: Checkpointer | None = None
         self._resume: Resume | None = None
         self._group = 0  # the epoch of the group that this rank is a member of
@@ -204,7 +207,7 @@ class Job:
                 self.together(lambda wire: adoption.agree(wire, new, given.optimizers, given.loaders))
                 self.together(lambda wire: adoption.start_equal(wire, new, given.optimizers))
             self._place_models(new)
-            if self.main and self.size > 1:
+            if self.main and self.size > 1 and not self._loop.shards:
                 for message in adoption.warnings(new):
                     self._sink(Event("notice", 0, {"message": message}))
         for optimizer in given.optimizers:
@@ -234,7 +237,7 @@ class Job:
             )
             self._resume = Resume(found) if found is not None else None
         if plan.checkpoint:
-            attempt = attempts(run_dir)
+            attempt = len(earlier(run_dir))
             self._checkpointer = Checkpointer(
                 Policy.parse(plan.checkpoint),
                 run_dir / CHECKPOINTS,
@@ -428,6 +431,7 @@ class Job:
         """``range(n)``, with the epoch shown and counters started anew."""
         self._join()
         first, self._first_epoch = self._first_epoch, 0
+        self._loop.in_epochs = True
         for epoch in range(first, n):
             self._loop.before_batch()
             self._loop.epoch = epoch

@@ -26,6 +26,7 @@ from paceline.train.ledger import Ledger, Range
 from paceline.train.redo import Redo
 from paceline.train.step import Verdict
 
+_TELL = (1, 10, 100, 1000, 10_000)  # of many such steps in a row
 REPORT_EVERY = 0.1  # seconds between `step` events of one rank
 
 
@@ -45,6 +46,7 @@ class Loop:
         self.samples = 0
         self.epoch = 0
         self.passed = 0  # epochs that are over
+        self.in_epochs = False
         self.report_nonfinite = True
         self.shards = 0
         self._shard: Slice | None = None  # what the last backward was of, where batches are cut into shards
@@ -69,6 +71,7 @@ class Loop:
         self._weight: float | Literal["sum"] | None = None
         self._reference = 0.0
         self._stopping = False
+        self._streak = 0  # steps in a row whose gradient was not finite
         self._reported = 0.0
 
     @property
@@ -273,21 +276,27 @@ class Loop:
             self._reference = verdict.weight
         self._stopping = self._stopping or verdict.stop
         self.change_due = self.change_due or verdict.change
-        if verdict.nonfinite and self.report_nonfinite:
-            self._report_nonfinite(verdict)
+        if not self.report_nonfinite:
+            return
+        self._streak = self._streak + 1 if verdict.nonfinite else 0
+        if verdict.nonfinite:
             self.redo.skip = True
+            if self._streak in _TELL or self._stop_on_nan:
+                self._report_nonfinite(verdict)
 
     def _report_nonfinite(self, verdict: Verdict) -> None:
         message = f"step {self.steps + 1}: the gradient of {verdict.nonfinite} of {self.size} ranks is not finite"
         batch = self._latest
         if batch is not None and verdict.mine:
-            first = batch.start + batch.local_start
-            message += f"; epoch {batch.epoch}, this rank's rows {first}..{first + batch.local_rows - 1}"
+            first, count = self._open[-1][4:] if self._open else (batch.start + batch.local_start, batch.local_rows)
+            message += f"; epoch {batch.epoch}, this rank's rows {first}..{first + count - 1} of the order"
         elif batch is not None:
-            message += f"; epoch {batch.epoch}, rows {batch.start}..{batch.start + batch.rows - 1}"
+            message += f"; epoch {batch.epoch}, rows {batch.start}..{batch.start + batch.rows - 1} of the order"
         if self._stop_on_nan:
             raise StepError("PL409", message)
         message += "; every rank leaves this step out"
+        if self._streak > 1:
+            message += f", the {self._streak}th in a row"
         if verdict.mine:
             self._sink(Event("notice", self.steps, {"code": "PL409", "message": message}))
 

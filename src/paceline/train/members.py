@@ -70,6 +70,7 @@ class Members:
         self.joining = joins
         self._reunion, self._loop, self._ledger, self._sink, self._hands = reunion, loop, ledger, sink, hands
         self._wire: Wire | None = None
+        self._told = False
 
     def begin(self) -> Wire:
         """The wire of the first adoption. Who joins later has none yet, and meets the others when its loop begins."""
@@ -90,8 +91,14 @@ class Members:
 
     @property
     def change(self) -> bool:
-        """Somebody waits to join."""
-        return self._reunion.member.pending
+        """Somebody waits to join, and can: who begins late must be told in which epoch it is."""
+        if not self._reunion.member.pending:
+            return False
+        if not self._loop.in_epochs and not self._told:
+            self._told = True
+            message = "a worker waits to join, and cannot: the script does not loop over job.epochs(n)"
+            self._sink(Event("notice", self._loop.steps, {"code": "PL311", "message": message}))
+        return self._loop.in_epochs
 
     def at_boundary(self) -> None:
         """All ranks are between two steps, because somebody waits to join."""

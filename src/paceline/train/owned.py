@@ -40,11 +40,18 @@ class OwnedSteps:
         activity: Where waiting is shown.
         before: Called first in each step of a loop that has no adopted loader.
         on_lost: In an elastic run, called when a member is lost while an optimizer steps.
+        one_host: Members of an elastic run will always share memory.
     """
 
     def __init__(
-        self, loop: Loop, activity: Activity, before: Callable[[], None], on_lost: Callable[[], None] | None
+        self,
+        loop: Loop,
+        activity: Activity,
+        before: Callable[[], None],
+        on_lost: Callable[[], None] | None,
+        one_host: bool,
     ) -> None:
+        self._one_host = one_host
         self._loop, self._activity, self._before, self._on_lost = loop, activity, before, on_lost
         self._stepper: Stepper | None = None
         self._divided: dict[Optimizer, DividedStep] = {}
@@ -86,6 +93,8 @@ class OwnedSteps:
         if shared and elastic:
             message = "params=shared keeps one copy, which a worker that is lost could leave half written"
             raise UsageError("PL208", message)
+        if elastic and not self._one_host:
+            return
         if shared or worthwhile(optimizer, wire, elastic=elastic):
             self._divided[optimizer] = DividedStep(
                 optimizer, wire, self._activity, names=names, part=part, shared=shared, on_lost=self._on_lost

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from paceline.terms.errors import FileError
+from paceline.train.attempts import Lines, earlier, joined
 
-Lines = dict[str, list[dict[str, Any]]]
 Span = tuple[int, int]
 
 
@@ -34,10 +34,14 @@ def verify(run_dir: Path) -> list[str]:
 
 
 def load(run_dir: Path) -> Lines:
-    """The lines of every process, by file name. Raises FileError PL603 for a line that is no JSON object.
+    """The lines of every process, by file name, of all attempts. Raises FileError PL603 for a line that is no JSON object.
 
     The last line of a process that was killed may be torn; then it was not written.
     """
+    return joined([_of(path) for path in (*earlier(run_dir), run_dir) if path == run_dir or (path / "ledger").is_dir()])
+
+
+def _of(run_dir: Path) -> Lines:
     files = sorted((run_dir / "ledger").glob("*.jsonl"))
     if not files:
         raise FileError(
@@ -83,12 +87,15 @@ class Story:
         members: By epoch of the group, the names of its members; empty for a run that is not elastic.
         last: By process, its last step.
         out_of_turn: What is wrong with the order of steps within one file.
+        base: The step that the run was resumed from, when that was done elsewhere; ``before``: rows of open passes until then.
     """
 
     steps: dict[int, Step] = field(default_factory=lambda: defaultdict(Step))
     members: dict[int, list[str]] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     out_of_turn: list[str] = field(default_factory=list)
+    base: int = 0
+    before: list[list[int]] = field(default_factory=list)
 
     @property
     def newest(self) -> list[str]:
@@ -114,6 +121,10 @@ def _read(ledgers: Lines) -> Story:
                     )
                 done, group = line["s"], line["g"]
                 story.members.setdefault(group, line["members"])
+            elif line["k"] == "r":
+                done = line["s"]
+                if "here" not in line:
+                    story.base, story.before = done, line["r"]
             elif line["k"] == "c":
                 if line["s"] != done + 1:
                     story.out_of_turn.append(
@@ -130,7 +141,7 @@ def _read(ledgers: Lines) -> Story:
 
 def _steps(story: Story) -> Iterator[str]:
     """Steps have no gap, one content, and one group."""
-    for number in range(1, max(story.steps, default=0) + 1):
+    for number in range(story.base + 1, max(story.steps, default=0) + 1):
         if number not in story.steps:
             yield f"step {number} was committed by nobody"
             continue
@@ -167,6 +178,8 @@ def _cover(ledgers: Lines, story: Story) -> Iterator[str]:
     """The parts of all ranks cover the rows of every completed epoch exactly once."""
     parts: dict[tuple[int, int], list[Span]] = defaultdict(list)
     trained = set()
+    for loader, epoch, _, _, start, rows in story.before:
+        parts[loader, epoch].append((start, start + rows))
     for step in story.steps.values():
         for place, span in _parts_of(step, story):
             trained.add(place)

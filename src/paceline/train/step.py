@@ -351,7 +351,8 @@ class Stepper:
             replica.settle(bucket, counts)
         for replica in touched:
             replica.end()
-            self._statistics[replica].settle()
+            left_out = self.exchange.shards and head[NONFINITE] > 0
+            self._statistics[replica].restore() if left_out else self._statistics[replica].settle()
         self._on_verdict(Verdict(head[WEIGHT], round(head[NONFINITE]), head[STOP] > 0, head[CHANGE] > 0, mine))
 
     def _check_steps(self, head: Sequence[float]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline import __version__
-from paceline.launch import env, plan_file
+from paceline.launch import env, plan_file, tuning
 from paceline.launch.muster import MOST_WORKERS
 from paceline.launch.rundir import HOME, RunDirectory, choose_path, now_text
 from paceline.launch.tuning import Machine, Settings, allow_files, check_processes, choose
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = "ddp()"
 
-ELASTIC_BY_DEFAULT = False
-"""A run of several workers goes on when it loses one, unless ``--workers N`` says otherwise."""
+_SHARED = "params=shared"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", help="of the run: runs/NAME")
     add("--run-dir", metavar="DIR", help="where everything of this run goes, instead of runs/NAME")
     add("--threads", type=int, metavar="T", help="threads of each process (default: its share of the cores)")
-    add("--wire", choices=["auto", "shm", "torch"], help="what the processes exchange through (default: auto)")
+    add("--wire", choices=["auto", "shm", "tcp", "torch"], help="what the processes exchange through (default: auto)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="environment of each process; may be repeated")
     add("--checkpoint", metavar="WHEN", help="save every=500 (steps) or every=5min; then ,keep=3 ,busy=wait")
     add("--resume", metavar="auto|PATH", help="go on from this run's newest checkpoint, or from that of another run")
@@ -94,7 +93,9 @@ def resolve(args: argparse.Namespace) -> Resolved:
         UsageError: PL101, PL103, PL105, PL110 or PL2xx.
     """
     base = plan_file.read(args.plan) if args.plan is not None else Plan(script="", strategy="")
-    processes, least, most = workers(args.processes, args.workers, base, args.plan is not None)
+    wire, strategy = args.wire or base.wire, args.strategy or base.strategy
+    able = wire != "torch" and not tuning.has_accelerator() and _SHARED not in strategy.replace(" ", "")
+    processes, least, most = workers(args.processes, args.workers, base, args.plan is not None, able)
     flags = {
         "script": args.script,
         "script_args": tuple(args.script_args) or None,
@@ -114,13 +115,22 @@ def resolve(args: argparse.Namespace) -> Resolved:
     check_script(plan.script)
     check_processes(plan.processes)
     plan = _check_state(plan)
+    if plan.elastic and plan.wire == "torch":
+        raise UsageError(
+            "PL105", "--wire torch bears no loss", help="give `--workers N`, exactly N, or leave --wire out."
+        )
+    if plan.wire == "tcp" and plan.processes > 1 and not plan.elastic:
+        raise UsageError(
+            "PL105", "--wire tcp is for elastic runs", help="give `--workers MIN:MAX`, or leave --wire out."
+        )
     if args.listen is not None and not plan.elastic:
         raise UsageError("PL105", "--listen lets workers join", help="give `--workers MIN:MAX` too.")
     _check_numbers(args)
     if plan.strategy:
-        from paceline.exchange.strategy import check
+        from paceline.exchange.strategy import check, threads
 
         plan = replace(plan, strategy=check(plan.strategy))
+        args.threads = threads(plan.strategy) or args.threads
     overrides = dict(plan.settings) | _assignments(args.set)
     if args.threads is not None:
         overrides.pop("OMP_NUM_THREADS", None)
@@ -128,7 +138,9 @@ def resolve(args: argparse.Namespace) -> Resolved:
     return Resolved(replace(plan, threads=settings.threads, settings=settings.given), settings)
 
 
-def workers(processes: int | None, text: str | None, base: Plan, repeats: bool) -> tuple[int, int, int]:
+def workers(
+    processes: int | None, text: str | None, base: Plan, repeats: bool, able: bool = True
+) -> tuple[int, int, int]:
     """How many to begin with, and the limits of an elastic run or 0, 0.
 
     Args:
@@ -136,6 +148,7 @@ def workers(processes: int | None, text: str | None, base: Plan, repeats: bool) 
         text: ``--workers``.
         base: The plan that these flags are stronger than.
         repeats: It comes from a file, so its limits were chosen.
+        able: A loss can be borne; then it is, unless ``--workers N`` says otherwise.
 
     Raises:
         UsageError: PL105, the numbers contradict each other, or there are too many for an elastic run.
@@ -149,7 +162,7 @@ def workers(processes: int | None, text: str | None, base: Plan, repeats: bool) 
     else:
         count = processes if processes is not None else base.processes
         least, most = (min(base.workers_min, count), max(base.workers_max, count)) if base.elastic else (1, count)
-        exact = not (base.elastic if repeats else ELASTIC_BY_DEFAULT and 1 < count <= MOST_WORKERS)
+        exact = not (base.elastic if repeats else able and 1 < count <= MOST_WORKERS)
     if exact:
         return count, 0, 0
     if most > MOST_WORKERS:

@@ -95,21 +95,24 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--timed", type=int, help="epochs to time")
+    parser.add_argument("--rows", type=int, help="of a global batch")
     parser.add_argument("--first-step", action="store_true", help="one step only")
     args = parser.parse_args()
 
     peer = PEERS[args.peer]()
-    result = train(peer, WORKLOADS[args.workload], args.timed, args.first_step)
+    result = train(peer, WORKLOADS[args.workload], args.timed, args.first_step, args.rows)
     if peer.rank == 0:
         threads = {"threads": torch.get_num_threads(), "malloc": os.environ.get("MALLOC_MMAP_MAX_")}
         args.out.write_text(json.dumps({**result, **threads, "size": peer.size}))
     peer.close()
 
 
-def train(peer: Peer, work: Workload, timed: int | None, first_step_only: bool) -> dict[str, Any]:
+def train(
+    peer: Peer, work: Workload, timed: int | None, first_step_only: bool, rows: int | None = None
+) -> dict[str, Any]:
     """Train `warm_up` epochs, then the timed ones."""
     torch.manual_seed(0)
-    rows = work.rows(peer.size)
+    rows = rows or work.rows(peer.size)
     train = peer.loader(work.data(rows * work.steps), rows)
     model = work.model()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)

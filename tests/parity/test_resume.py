@@ -71,7 +71,7 @@ def test_any_step_will_do(step: int, expected: dict[str, torch.Tensor], tmp_path
     """An early one, the last of an epoch, the one before the last; in place, as a scheduler of jobs repeats a command."""
     _stopped_at(tmp_path, 2, step)
     run = tmp_path / "run"
-    done = _run(tmp_path, 2, "--run-dir", run, "--checkpoint", "every=10,keep=3", "--resume", "auto")
+    done = _run(tmp_path, 2, "--run-dir", run, "--checkpoint", "every=10,keep=3,busy=wait", "--resume", "auto")
     _compare(expected, tmp_path)
     assert "PL61" not in done.stderr, show(done)
     assert (run / "earlier" / "1" / "run.json").exists()

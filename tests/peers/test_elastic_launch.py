@@ -158,6 +158,16 @@ def test_a_worker_that_is_killed_is_replaced_on_its_page(tmp_path: Path) -> None
     assert logs.stdout.startswith("[3] up worker-3")
 
 
+def test_status_0_in_mid_script_is_a_loss(tmp_path: Path) -> None:
+    script = write(tmp_path, WAITS + "if place.name == 'worker-1': os._exit(0)\nsignal.pause()\n")
+    with running(script, "-n", "2", "--workers", "1:2", "--run-dir", "r", cwd=tmp_path) as run:
+        told = run.until("exited with status 0")
+        assert "worker-1 (rank 1) exited with status 0 without finishing its script; 1 worker goes on" in told
+        assert "worker-2 is being started" in told
+        run.launcher.send_signal(signal.SIGINT)
+        assert run.end() == 130, run.text
+
+
 def test_nobody_left_ends_the_run(tmp_path: Path) -> None:
     script = write(tmp_path, FOREVER)
     with running(script, "-n", "2", "--workers", "1:2", "--run-dir", "r", cwd=tmp_path) as run:
@@ -188,6 +198,7 @@ def test_workers_that_die_as_they_start_end_the_run_when_there_are_too_few(tmp_p
     [
         ("raise OSError('no data')", "failed with OSError: no data (events/worker-2.jsonl)"),
         ("os._exit(7)", "ended with exit status 7"),
+        ("os._exit(0)", "exited with status 0 without finishing its script"),
     ],
 )
 def test_a_replacement_that_fails_before_it_takes_part_ends_nobody(end: str, said: str, tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ STATUS = {
     "sys.exit(text)": ("import sys; sys.exit('no data')", 1, "no data"),
     "sys.exit(0)": ("import sys; sys.exit(0)", 0, "finished"),
     "os._exit(7)": ("import os; os._exit(7)", 1, "ended with exit status 7"),
+    "os._exit(0)": ("import os; os._exit(0)", 3, "exited with status 0 without finishing its script"),
     "a native crash": ("import ctypes; ctypes.string_at(0)", 3, "killed by SIGSEGV"),
     "kill -9": ("import os; os.kill(os.getpid(), 9)", 3, "error[PL502] on rank 0: killed by SIGKILL"),
     "an interrupt of its own": ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
@@ -204,6 +205,15 @@ def test_a_killed_rank_ends_the_run_within_two_seconds(tmp_path: Path) -> None:
     assert "error[PL502] on rank 1: killed by SIGKILL" in run.text
     assert "ranks 0,2 were ended as witnesses" in run.text
     assert gone(pids)
+
+
+def test_status_0_in_mid_script_is_the_cause(tmp_path: Path) -> None:
+    """Others that miss the rank are witnesses."""
+    script = write(tmp_path, RANK + "import os, signal\nif rank == 1: os._exit(0)\nsignal.pause()\n")
+    done = run_paceline("run", script, "--workers", "2", "--run-dir", "r", cwd=tmp_path)
+    assert done.returncode == 3, show(done)
+    assert "error[PL508] on rank 1: exited with status 0 without finishing its script" in done.stderr
+    assert "rank 0 was ended as a witness" in done.stderr
 
 
 def test_a_script_that_shares_nothing_is_refused(tmp_path: Path) -> None:

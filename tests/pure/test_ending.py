@@ -19,14 +19,14 @@ def kinds(actions: list[Any]) -> list[type]:
 
 def test_ranks_that_end_well_need_nothing() -> None:
     ending = Ending()
-    assert ending.exited(0, 0, 1.0) == []
+    assert ending.exited(0, 1.0, well=True) == []
     assert ending.tick(1e9) == []
     assert not ending.ours
 
 
 def test_a_lost_rank_aborts_then_terminates_then_kills_within_two_seconds() -> None:
     ending = Ending()
-    assert ending.exited(1, -signal.SIGKILL, 10.0) == [Abort(1)]
+    assert ending.exited(1, 10.0, well=False) == [Abort(1)]
     assert ending.tick(10.9) == []
     assert ending.tick(11.0) == [Signal(TERM)]
     assert ending.tick(11.5) == [Signal(signal.SIGKILL)]
@@ -36,8 +36,8 @@ def test_a_lost_rank_aborts_then_terminates_then_kills_within_two_seconds() -> N
 def test_only_the_first_failure_aborts() -> None:
     ending = Ending()
     assert ending.failed(2, 1.0) == [Abort(2)]
-    assert ending.exited(2, 1, 1.1) == []
-    assert ending.exited(0, 1, 1.2) == []
+    assert ending.exited(2, 1.1, well=False) == []
+    assert ending.exited(0, 1.2, well=False) == []
     assert ending.mistake(1.3) == []
 
 
@@ -78,6 +78,7 @@ def test_a_script_that_is_not_in_its_loop_is_interrupted_like_plain_python() -> 
 
 
 KILLED = {"rank": 1, "signal": 9, "mono": 5.0}
+LEFT = {"rank": 1, "exit": 0, "mono": 5.0}
 RAISED = {"rank": 2, "type": "ValueError", "message": "x", "mono": 4.0}
 WITNESS = {"rank": 0, "type": "PeerLost", "code": "PL403", "message": "rank 1 died", "mono": 1.0}
 ECHO = {"rank": 3, "type": "WireError", "code": "PL406", "message": "gloo", "mono": 2.0}
@@ -90,6 +91,7 @@ OURS = {"rank": 4, "signal": 15, "witness": True, "mono": 0.5}
         ([], None, ends.OK),
         ([WITNESS, KILLED], KILLED, ends.LOST),
         ([OURS, KILLED, ECHO], KILLED, ends.LOST),
+        ([WITNESS, LEFT], LEFT, ends.LOST),
         ([KILLED, RAISED], RAISED, ends.FAILED),
         ([ECHO, WITNESS], ECHO, ends.FAILED),
         ([WITNESS], WITNESS, ends.FAILED),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import runpy
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_causes_of_the_cause_come_before_it(tmp_path: Path) -> None:
     [
         (signal.SIGKILL, "out-of-memory killer"),
         (signal.SIGBUS, "/dev/shm"),
-        (signal.SIGSEGV, "faulthandler"),
+        (signal.SIGSEGV, "Fatal Python error"),
         (63, "dmesg"),
     ],
 )
@@ -235,17 +236,35 @@ def test_a_killed_process_says_where_it_was_and_what_the_signal_means(number: in
     activity = board.activity(1)
     activity.progress(41, 2, 100)
     activity.enter(Phase.COMPUTE)
-    activity.beat("train.py:31 in train")
+    activity.beat("train.py:31 in train", time.monotonic_ns())
     lines = failure.render([failure.killed(number, 1.0, board.read(1)) | {"rank": 1}], 2)
     assert lines[0].startswith("error[PL502] on rank 1: killed by ")
     assert "  last seen: step 41 · compute · train.py:31 in train" in lines
     assert said in lines[-2]
 
 
+def test_a_line_that_was_seen_in_another_phase_is_not_said() -> None:
+    board = Board.private(1)
+    activity = board.activity(0)
+    activity.beat("train.py:23", time.monotonic_ns())  # job.adopt
+    activity.enter(Phase.COMPUTE)
+    activity.progress(3, 0, 100)
+    lines = failure.render([failure.killed(9, 1.0, board.read(0)) | {"rank": 0}], 1)
+    assert "  last seen: step 3 · compute" in lines
+
+
 def test_an_exit_without_an_exception_is_told() -> None:
     lines = failure.render([failure.exited(3, 1.0) | {"rank": 0}], 1)
     assert lines[0] == "error[PL503] on rank 0: ended with exit status 3 and without an exception"
     assert "os._exit" in lines[1]
+
+
+def test_status_0_in_mid_script_is_the_cause() -> None:
+    witness = recorded(raised(PeerLost("PL403", "rank 1 died")), rank=0, mono=0.5)
+    lines = failure.render([witness, failure.exited(0, 1.0) | {"rank": 1}], 2)
+    assert lines[0] == "rank 0 was ended as a witness"
+    assert lines[2] == "error[PL508] on rank 1: exited with status 0 without finishing its script"
+    assert "sys.exit()" in lines[-2]
 
 
 @pytest.mark.parametrize(

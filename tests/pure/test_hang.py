@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from paceline.observe.hang import Finding, Watch
 from paceline.observe.heartbeat import Heartbeat, Lines
@@ -532,12 +533,33 @@ def test_a_script_that_is_a_link_and_the_files_beside_both_are_the_users(tmp_pat
         assert Lines(tmp_path / "train.py").now(thread) == "helper.py:2 in g"
 
 
-def test_the_compiler_is_recognised(tmp_path: Path) -> None:
-    inductor = module(tmp_path / "site-packages" / "i.py", "def f(stand):\n    stand()\n", "torch._inductor.graph")
+@pytest.mark.parametrize(
+    ("room", "function", "said"),
+    [
+        ("torch._dynamo.convert_frame", "_compile", " (torch.compile)"),
+        ("torch._inductor.compile_fx", "compile_fx", " (torch.compile)"),
+        ("torch._dynamo.convert_frame", "module_level", ""),  # it is imported, as the first optimizer does
+        ("torch._dynamo.eval_frame", "compile_wrapper", ""),  # it stands around every call of an optimizer
+    ],
+)
+def test_the_compiler_is_recognised(room: str, function: str, said: str, tmp_path: Path) -> None:
+    theirs = module(tmp_path / "site-packages" / "i.py", f"def {function}(stand):\n    stand()\n", room)
     script = module(tmp_path / "train.py", "def train(stand):\n    f(stand)\n")
-    script.__dict__["f"] = inductor.f
+    script.__dict__["f"] = vars(theirs)[function]
     with Held(script.train) as thread:
-        assert Lines(tmp_path / "train.py").now(thread) == "train.py:2 in train (torch.compile)"
+        assert Lines(tmp_path / "train.py").now(thread) == f"train.py:2 in train{said}"
+
+
+def test_the_compiler_of_this_torch_is_recognised(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        seen.append(Lines(tmp_path / "train.py").now(threading.current_thread()))
+        return graph.forward
+
+    script = module(tmp_path / "train.py", "def train(f, x):\n    return f(x)\n")
+    script.train(torch.compile(lambda x: x + 1, backend=look), torch.zeros(1))
+    assert seen == ["train.py:2 in train (torch.compile)"]
 
 
 def test_the_heart_beats_flushes_survives_a_failing_flush_and_stops() -> None:

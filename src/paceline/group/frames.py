@@ -8,7 +8,8 @@
 * *Tag*: the first 16 bytes of HMAC-SHA256(key, number of the frame | header | meta). Each direction of a connection has a key of
   its own, so a frame cannot be changed, repeated, left out, moved or sent back. Before there is a key it is a checksum.
 * *Bulk*: bytes of tensors, sent from where they lie and received into where they shall lie. *Checksum*: CRC-32 of the bulk,
-  begun with the tag, so that it belongs to this frame. It finds accidents; forgers are TLS's affair.
+  begun with the tag, so that it belongs to this frame. It finds accidents; forgers are TLS's affair. Inside TLS, which sums every
+  byte itself and better, it is that beginning only.
 
 Both halves are without I/O: :class:`Inbox` says where the next bytes go, :class:`Outbox` which bytes are next.
 """
@@ -102,10 +103,11 @@ class Inbox:
         key: Of the other side's tags.
         caps: What may come.
         place: Provides memory for bulk; without it new memory is made. May be changed.
+        sums: Whether the checksum is that of the bulk; the other side does the same.
     """
 
-    def __init__(self, key: bytes, caps: Caps, place: Place | None = None) -> None:
-        self._key, self._caps, self.place = key, caps, place
+    def __init__(self, key: bytes, caps: Caps, place: Place | None = None, sums: bool = True) -> None:
+        self._key, self._caps, self.place, self._sums = key, caps, place, sums
         self._steps = self._run()
         self._filled = 0
         self._view = self._next_view()
@@ -160,7 +162,7 @@ class Inbox:
         for buffer in buffers:
             for piece in _pieces(buffer):
                 yield piece
-                checksum = zlib.crc32(piece, checksum)
+                checksum = zlib.crc32(piece, checksum) if self._sums else checksum
         told = bytearray(CHECKSUM)
         yield memoryview(told)
         if told != _CHECKSUM.pack(checksum):
@@ -172,10 +174,11 @@ class Outbox:
 
     Args:
         key: Of this side's tags.
+        sums: See :class:`Inbox`.
     """
 
-    def __init__(self, key: bytes) -> None:
-        self._key, self._number = key, 0
+    def __init__(self, key: bytes, sums: bool = True) -> None:
+        self._key, self._number, self._sums = key, 0, sums
         self._urgent: deque[_Parcel] = deque()
         self._later: deque[_Parcel] = deque()
         self._open: Iterator[_Piece] = iter(())
@@ -236,7 +239,7 @@ class Outbox:
         checksum = _begin(start[-TAG:])
         for buffer in buffers:
             for piece in _pieces(buffer):
-                checksum = zlib.crc32(piece, checksum)
+                checksum = zlib.crc32(piece, checksum) if self._sums else checksum
                 yield piece, None
         yield memoryview(_CHECKSUM.pack(checksum)), done
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paceline.group import arena
@@ -19,6 +19,7 @@ from paceline.group.solo_wire import SoloWire
 from paceline.group.wire import Wire
 from paceline.terms.activity import Activity, Board, Phase
 from paceline.terms.errors import Aborted, PeerLost, WireError
+from paceline.terms.plan import Place
 
 if TYPE_CHECKING:
     from paceline.group.lobby import Lobby
@@ -82,6 +83,24 @@ class Epoch:
     def size(self) -> int:
         """World size."""
         return len(self.names)
+
+    @property
+    def neighbours(self) -> tuple[str, ...]:
+        """Names of the members of this process's host."""
+        mine = self.hosts[self.rank]
+        return tuple(name for name, host in zip(self.names, self.hosts, strict=True) if host == mine)
+
+    def place(self, before: Place) -> Place:
+        """Where this process stands now."""
+        mine = self.hosts[self.rank]
+        return replace(
+            before,
+            rank=self.rank,
+            size=self.size,
+            hosts=self.hosts,
+            local_rank=self.hosts[: self.rank].count(mine),
+            local_size=self.hosts.count(mine),
+        )
 
     @property
     def leader(self) -> int:

@@ -66,7 +66,8 @@ class Connection:
         self.role, self.about, self.peer = session.role, session.about, line.peer
         self._line = line
         line.reads_ahead = True  # nothing has come yet, so whoever selects first, and polls until None, misses nothing
-        self._inbox, self._outbox = Inbox(session.receive_key, caps), Outbox(session.send_key)
+        self._inbox = Inbox(session.receive_key, caps, sums=line.local)
+        self._outbox = Outbox(session.send_key, sums=line.local)
         self._sending, self._receiving = threading.RLock(), threading.RLock()
         self._failure: PacelineError | None = None
 

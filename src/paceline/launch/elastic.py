@@ -85,8 +85,8 @@ class Elastic:
         return [s for s in snapshots if self._muster.standing(s.rank) in inside]
 
     def tolerates(self, child: Child, status: int) -> bool:
-        """The run goes on after this end; see :meth:`bears`."""
-        return status < 0 or child.number in self._faults or (status > 0 and self._replaces(child))
+        """The run goes on after this end, which was not well; see :meth:`bears`. Status 0 in mid-script is a loss like a kill."""
+        return status <= 0 or child.number in self._faults or self._replaces(child)
 
     def _replaces(self, child: Child) -> bool:
         """It was started while the run was under way here, and has not taken part yet."""
@@ -111,9 +111,9 @@ class Elastic:
             self._unneeded.add(child.number)
         return child.number in self._faults
 
-    def certify(self, child: Child, status: int) -> None:
+    def certify(self, child: Child, *, well: bool) -> None:
         """A worker has ended."""
-        self._coordination.certify(child.name, child.incarnation, "finished" if status == 0 else "died")
+        self._coordination.certify(child.name, child.incarnation, "finished" if well else "died")
 
     def view(self, child: Child, report: Mapping[str, Any]) -> None:
         """A worker has entered an epoch."""
@@ -214,6 +214,8 @@ class Elastic:
     def _what(self, child: Child, status: int) -> str:
         if child.number in self._evicted:
             return f"gave no sign of life for {LEASE:g} s and was ended"
+        if status == 0:
+            return "exited with status 0 without finishing its script"
         if status > 0:
             return self._faults.get(child.number, f"ended with exit status {status}")
         return f"was killed by {signal_name(-status)}"

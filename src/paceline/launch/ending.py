@@ -90,9 +90,9 @@ class Ending:
         """What ends from now on ends because of us, so it is a witness and not a cause."""
         return self.stage >= Stage.ABORTING
 
-    def exited(self, rank: int, status: int, now: float) -> list[Action]:
-        """A rank has ended, by itself (`status` 0 or more) or by signal ``-status``."""
-        return [] if status == 0 or self.ours else self._abort(now, rank)
+    def exited(self, rank: int, now: float, *, well: bool) -> list[Action]:
+        """A rank has ended; `well`: with status 0, and its script had come to its end."""
+        return [] if well or self.ours else self._abort(now, rank)
 
     def failed(self, rank: int, now: float) -> list[Action]:
         """A rank reports the exception that ended its script."""
@@ -179,7 +179,7 @@ def exit_code(asked: int, mistake: Finding | None, failures: Sequence[Record]) -
     first = cause(failures)
     if first is None:
         return OK
-    return LOST if "signal" in first else FAILED
+    return LOST if "signal" in first or first.get("exit") == 0 else FAILED
 
 
 def left_early(gone: Sequence[int], failures: Sequence[Record], noun: str = RANK) -> Finding | None:

@@ -203,7 +203,7 @@ class Launcher:
             case "result":
                 self._results[child.number] = report["value"]
             case "listening":
-                self._crew.listens(child.name, report["addresses"], "gloo")
+                self._crew.listens(child.name, report["addresses"], report.get("purpose", "gloo"))
             case "view" if self._elastic is not None:
                 self._on_view(self._elastic, child, report)
             case "leave" if self._elastic is not None:
@@ -231,24 +231,25 @@ class Launcher:
         """A worker has ended. The others are told before anything else is done about it."""
         self._selector.unregister(child.pidfd)
         ours, status, now = self._ending.ours, child.final_status(), time.monotonic()
+        well = status == 0 and self._crew.board.read(child.slot).phase is Phase.FINISHED
         if self._elastic is not None:
-            self._elastic.certify(child, status)
+            self._elastic.certify(child, well=well)
             self._read_out(child.report_fd, partial(self._on_reports, child))  # why, before it is decided what follows
         if self._elastic is None or not self._elastic.tolerates(child, status):
-            self._do(self._ending.exited(child.number, status, now))
+            self._do(self._ending.exited(child.number, now, well=well))
         child.reap()
         self._drain(child)
         child.close()
-        if self._elastic is not None and not ours and (status == 0 or self._elastic.tolerates(child, status)):
-            self._bear(self._elastic, child, status, now)
-        elif status != 0 and not any(f["rank"] == child.number for f in self._failures):
+        if self._elastic is not None and not ours and (well or self._elastic.tolerates(child, status)):
+            self._bear(self._elastic, child, status, now, well=well)
+        elif not well and not any(f["rank"] == child.number for f in self._failures):
             self._failed(child, self._record(child, status, now, witness=ours))
         self._count()
         self._crew.enlist()
 
-    def _bear(self, elastic: Elastic, child: Child, status: int, now: float) -> None:
+    def _bear(self, elastic: Elastic, child: Child, status: int, now: float, *, well: bool) -> None:
         """A worker has ended, and the run goes on."""
-        if status == 0:
+        if well:
             elastic.finished(child, now)
             return
         step = max((snapshot.step for snapshot in self._snapshots()), default=0)

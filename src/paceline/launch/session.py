@@ -188,7 +188,7 @@ class LaunchedSession(Session):
         return wire
 
     def _listens(self, address: str) -> None:
-        self.report("listening", addresses=[address])
+        self.report("listening", addresses=[address], purpose="exchange")
 
     def report(self, kind: str, **data: Any) -> None:
         """Tell the launcher. It is gone when it does not listen; then so is this process, soon."""

@@ -28,8 +28,8 @@ _SIGNALS = {
     signals.SIGKILL: "most often this is the kernel's out-of-memory killer (`dmesg | grep -i oom`): use a smaller batch, "
     "fewer processes (`-n`), or fewer loader workers.",
     signals.SIGBUS: "a page of memory could not be had: shared memory (`df -h /dev/shm`) or the disk under a mapped file is full.",
-    signals.SIGSEGV: "native code read memory that is not its own: an extension or a mismatch of compiled packages. "
-    "`python -X faulthandler` with one process shows the place.",
+    signals.SIGSEGV: "native code read memory that is not its own: an extension or a mismatch of compiled packages. The "
+    "rank's output above, from `Fatal Python error` on, names the line that called it.",
     signals.SIGABRT: "native code gave up; its message stands above, in the rank's output.",
     signals.SIGILL: "the processor lacks an instruction that a compiled package needs.",
     signals.SIGTERM: "somebody asked this process to end: a scheduler, a time limit, or `kill`.",
@@ -76,11 +76,11 @@ def render(failures: Sequence[Record], total: int, noun: str = RANK) -> list[str
 
 
 def code(failure: Record) -> str:
-    """The stable code of a failure: Paceline's own, PL502 for a signal, PL503 for everything else."""
+    """The stable code of a failure: Paceline's own, PL502 for a signal, PL508 for a false status 0, PL503 for everything else."""
     known = failure.get("code")
     if isinstance(known, str) and known in EXPLANATIONS:
         return known
-    return "PL502" if "signal" in failure else "PL503"
+    return "PL502" if "signal" in failure else "PL508" if failure.get("exit") == 0 else "PL503"
 
 
 def _witness(failure: Record, all_failures: Sequence[Record]) -> bool:
@@ -118,6 +118,8 @@ def _headline(failure: Record) -> str:
     """What happened, on one line."""
     if "signal" in failure:
         return f"killed by {signal_name(failure['signal'])}"
+    if failure.get("exit") == 0:
+        return "exited with status 0 without finishing its script"
     if "exit" in failure:
         return f"ended with exit status {failure['exit']} and without an exception"
     message = str(failure.get("message", "")).strip()
@@ -187,10 +189,10 @@ def _help(failure: Record) -> str:
         return str(failure["help"])
     if "signal" in failure:
         return _SIGNALS.get(failure["signal"], EXPLANATIONS["PL502"].help)
-    if "exit" in failure:
+    if failure.get("exit", 0) != 0:
         return "something called `os._exit`, or a library ended the process; its last words stand above."
     message = str(failure.get("message", ""))
-    return next((help for part, help in _HINTS if part.lower() in message.lower()), EXPLANATIONS["PL503"].help)
+    return next((help for part, help in _HINTS if part.lower() in message.lower()), EXPLANATIONS[code(failure)].help)
 
 
 def _short(file: str) -> str:

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from paceline.observe.pace import Pace, Straggler, Stragglers
-from paceline.observe.words import COMPILING, RANK, doing, duration, kind, ranks, spans, verb
+from paceline.observe.words import COMPILING, RANK, doing, duration, kind, place, ranks, spans, verb
 from paceline.terms.activity import REGROUP, Phase, Snapshot
 from paceline.terms.errors import EXPLANATIONS
 
@@ -288,7 +288,7 @@ def _why_still(live: Sequence[Snapshot], now: float, noun: str) -> tuple[str, ..
     if not busy:
         return ("likely cause: the transport; all ranks wait, and none has anything left to do",)
     if len(busy) < len(live):
-        places = ", ".join(dict.fromkeys(s.where for s in busy if s.where))
+        places = ", ".join(dict.fromkeys(filter(None, map(place, busy))))
         at = f" at {places}" if places else ""
         return (f"likely cause: {ranks(_numbers(busy), noun)}, on whom the others wait{at}",)
     return ("no rank waits for another: a long computation, or a loop that does not end",)

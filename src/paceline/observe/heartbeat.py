@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -17,7 +18,8 @@ from paceline.observe.source import Source
 from paceline.observe.words import COMPILING
 from paceline.terms.activity import Activity
 
-_COMPILERS = ("torch._dynamo", "torch._inductor")
+# Where torch compiles. Importing these modules is not compiling, nor is what runs in others of theirs: every optimizer does.
+_COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
 
 
 class Heartbeat:
@@ -52,7 +54,8 @@ class Heartbeat:
 
     def beat(self) -> None:
         """One beat, now."""
-        self._activity.beat(self._lines.now(threading.main_thread()))
+        seen = time.monotonic_ns()
+        self._activity.beat(self._lines.now(threading.main_thread()), seen)
 
     def _run(self) -> None:
         while not self._over.is_set():
@@ -77,7 +80,9 @@ class Lines:
         while frame is not None:
             if self._source.mine(frame.f_code.co_filename):
                 return self._line(frame) + (f" ({COMPILING})" if compiling else "")
-            compiling = compiling or str(frame.f_globals.get("__name__", "")).startswith(_COMPILERS)
+            compiling = compiling or (
+                "compile" in frame.f_code.co_name and frame.f_globals.get("__name__") in _COMPILERS
+            )
             frame = frame.f_back
         return ""
 

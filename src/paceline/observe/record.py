@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from paceline.observe.source import Source
+from paceline.observe.words import place
 from paceline.terms.activity import Snapshot
 from paceline.terms.errors import PacelineError
 
@@ -48,7 +49,7 @@ def killed(signal: int, mono: float, snapshot: Snapshot | None = None, *, witnes
 
 
 def exited(status: int, mono: float, snapshot: Snapshot | None = None, *, witness: bool = False) -> Record:
-    """A rank that ended with an exit status and left no exception: `os._exit`, or a library that ends the process."""
+    """A rank that left no exception and did not finish: `os._exit`, or a library that ends the process. Status 0 says nothing."""
     return {"exit": status, "mono": mono, "witness": witness, **_last_seen(snapshot)}
 
 
@@ -65,7 +66,7 @@ def _last_seen(snapshot: Snapshot | None) -> Record:
         return {}
     return {
         "step": snapshot.step,
-        "where": snapshot.where,
+        "where": place(snapshot),
         "what": snapshot.what,
         "phase": snapshot.phase.name.lower(),
     }

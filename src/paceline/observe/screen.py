@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 from paceline.observe.picture import Meter, Strip, headline, region
 from paceline.observe.pipe import Pipe
 from paceline.observe.plain import plain
-from paceline.observe.words import RANK, ranks
+from paceline.observe.words import RANK, place, ranks
 from paceline.terms.activity import Phase, Snapshot
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _said(step: int, epoch: int, values: Mapping[str, float]) -> str:
 def _places(snapshots: Sequence[Snapshot], noun: str) -> str:
     """Where the ranks are that do not wait; for when nothing else has changed."""
     busy = [s for s in snapshots if s.phase is not Phase.WAIT] or snapshots
-    places = list(dict.fromkeys(s.where for s in busy if s.where))[:3]
+    places = list(dict.fromkeys(filter(None, map(place, busy))))[:3]
     return f" · {ranks([s.rank for s in busy], noun)} at {', '.join(places)}" if places else ""
 
 

@@ -68,6 +68,11 @@ def kind(what: str) -> str:
     return re.split(r"[,:(\[\d]", what, maxsplit=1)[0].strip().lower() or what
 
 
+def place(snapshot: Snapshot) -> str:
+    """The line of the user's script, if it was looked up in the phase that the rank is in now; an older one would mislead."""
+    return snapshot.where if snapshot.beat == 0 or snapshot.beat >= snapshot.since else ""
+
+
 def doing(snapshot: Snapshot, now: float, many: bool = False, noun: str = RANK) -> str:
     """What a rank (or many like it) is doing, since when, for whom and where, as half a sentence."""
     parts = [_VERBS[snapshot.phase][many]]
@@ -78,5 +83,5 @@ def doing(snapshot: Snapshot, now: float, many: bool = False, noun: str = RANK) 
         parts.append(f"in `{snapshot.what}`")
     if snapshot.phase is Phase.WAIT and snapshot.waits_for:
         parts.append(f"on {ranks(snapshot.waits_for, noun)}")
-    tail = [f"step {snapshot.step}"] + ([snapshot.where] if snapshot.where else [])
+    tail = [f"step {snapshot.step}"] + ([where] if (where := place(snapshot)) else [])
     return " ".join(parts) + " · " + " · ".join(tail)

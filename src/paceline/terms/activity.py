@@ -228,7 +228,7 @@ class Activity:
     def adopted(self) -> None:
         self.board._words[self._base + _ADOPTED] = 1
 
-    def beat(self, where: str) -> None:
-        """Heartbeat, with the line of the user's script that the main thread is in."""
+    def beat(self, where: str, seen: int) -> None:
+        """Heartbeat, with the line of the user's script that the main thread was in when the monotonic clock read `seen` ns."""
         self.board._write_text(self.rank, _WHERE, where)
-        self.board._words[self._base + _BEAT] = time.monotonic_ns()
+        self.board._words[self._base + _BEAT] = seen

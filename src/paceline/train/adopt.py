@@ -52,6 +52,13 @@ def sort(things: Sequence[Any]) -> Adopted:
     return Adopted(*(tuple(kinds[kind]) for kind in chosen))
 
 
+def refuse_repeats(given: Adopted, known: Sequence[Any]) -> None:
+    """Raise AdoptError PL309 for a model or an optimizer that was adopted before."""
+    for thing in (*given.models, *given.optimizers):
+        if any(thing is each for each in known):
+            raise AdoptError("PL309", f"this {type(thing).__name__} was adopted before")
+
+
 def _kind(thing: Any, position: int) -> type:
     if isinstance(thing, ReduceLROnPlateau):
         return LRScheduler
@@ -61,6 +68,12 @@ def _kind(thing: Any, position: int) -> type:
     raise AdoptError(
         "PL301", f"argument {position} of job.adopt is a {type(thing).__module__}.{type(thing).__qualname__}"
     )
+
+
+def device_of(models: Mapping[str, nn.Module]) -> torch.device:
+    """Where the first parameter that is not on the CPU lies."""
+    devices = {p.device for model in models.values() for p in model.parameters()}
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 def trainable(model: nn.Module, taken: set[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
@@ -160,6 +173,13 @@ def _tensors(models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
                 yield from (v for _, v in sorted(state.items()) if isinstance(v, Tensor))
+
+
+def check_kept(name: str, thing: Any) -> None:
+    """Raise AdoptError PL301 for an object without a state."""
+    if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+        message = f"job.keep({name}=...): a {type(thing).__qualname__} has no state_dict and load_state_dict"
+        raise AdoptError("PL301", message, help="give it these two methods.")
 
 
 def share_kept(wire: Wire, name: str, thing: Any) -> None:

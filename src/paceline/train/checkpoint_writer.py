@@ -168,7 +168,8 @@ class Writing:
         there = os.statvfs(self._root)
         if there.f_bavail * there.f_frsize < needed:
             free = there.f_bavail * there.f_frsize
-            raise OSError(errno.ENOSPC, f"{free >> 20} MiB are free, {needed >> 20} MiB are needed", str(self._root))
+            why = f"{os.strerror(errno.ENOSPC)}: {free >> 20} MiB are free, {needed >> 20} MiB are needed"
+            raise OSError(errno.ENOSPC, why, str(self._root))
 
     def _write_file(self, number: int, file: dict[str, Any], memory: memoryview) -> None:
         entries = sorted(file["entries"], key=lambda entry: -DTYPES[entry["dtype"]][1])

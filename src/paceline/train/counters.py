@@ -1,12 +1,13 @@
-"""Named counters that every rank fills for itself and that are added up when all ranks meet anyway."""
+"""Evaluation: named counters that every rank fills for itself and that are added up when all ranks meet anyway."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _FOLD = 256  # tensors kept unread; then they are added up, so that memory stays small
 
@@ -56,3 +57,16 @@ class Counters:
     def _read(self, name: str) -> None:
         total = sum(float(t) for t in self._unread.pop(name))
         self._local[name] = self._local.get(name, 0) + total
+
+
+@contextmanager
+def in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, all modules are in ``eval()`` mode; then each is as it was."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

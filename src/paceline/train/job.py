@@ -8,8 +8,6 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,10 +16,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
-from paceline.data.feed import Feed
-from paceline.data.rows import EpochEnd, Slice
 from paceline.data.streams import Streams
 from paceline.exchange.chain import Exchange
 from paceline.exchange.strategy import build
@@ -35,16 +30,14 @@ from paceline.terms.plan import Place
 from paceline.train import adopt as adoption
 from paceline.train import replicas, state
 from paceline.train import tree as trees
-from paceline.train.attempts import earlier
-from paceline.train.checkpoint import Checkpointer
-from paceline.train.checkpoint_files import CHECKPOINTS, Checkpoint, Policy
-from paceline.train.counters import Counters
+from paceline.train.counters import Counters, in_eval_mode
 from paceline.train.ledger import Ledger
+from paceline.train.loaders import Loaders
 from paceline.train.loop import Loop
 from paceline.train.members import Hands, Members
 from paceline.train.owned import OwnedSteps
 from paceline.train.plain import Diary, PlainLoader
-from paceline.train.resume import Resume, choose
+from paceline.train.saving import Saving
 from paceline.train.step import Stepper
 
 T = TypeVar("T")
@@ -79,35 +72,28 @@ class Job:
         self._optimizers: list[Optimizer] = []
         self._schedulers: list[LRScheduler] = []
         self._scalers: list[GradScaler] = []
-        self._feeds: list[Feed] = []
         self._kept: dict[str, Any] = {}
         # Whoever may come or go draws from a stream of its own, whatever its rank: its number is never given twice.
         streams = max(2, place.size) if reunion is not None else place.size
         self._streams = Streams(place.rank, streams, self._share_streams)
-        self._num_loaders = 0
+        self._plain_loaders = 0
         self._counters = Counters()
-        self._evaluating = False
         self._diary = Diary(self._printing)
         ledger = Ledger(self._ledger_path(), self._notice_failure)
         self._loop = Loop(place.size, activity, sink, ledger, place.plan.stop_on_nan)
         self._loop.exchanges = self._exchanges
         if self._exchanges:
             self._loop.on_look = self._look
+        self._saving = Saving(place, self._loop, sink, self._things)
+        self._loaders = Loaders(self._loop, self._streams, activity, self._join, self._first_round)
         self._first_epoch = 0
-        self._neighbours = [f"worker-{rank}" for rank in range(place.local_size)]  # the ranks of this host
-        self._members: Members | None = None
-        if reunion is not None:
-            hands = Hands(self._move, lambda: self._stepper, self._capture, self._restore, self._divide_anew)
-            self._members = Members(reunion, place.joins, self._loop, ledger, sink, hands)
-            self._loop.on_boundary = self._members.at_boundary
+        self._neighbours = tuple(f"worker-{rank}" for rank in range(place.local_size))  # the ranks of this host
+        hands = Hands(self._move, lambda: self._stepper, self._saving.capture, self._restore, self._divide_anew)
+        self._members = Members(reunion, place.joins, self._loop, ledger, sink, hands) if reunion is not None else None
         lost = self._members.lost_in_optimizer if self._members is not None else None
-        self._steps = OwnedSteps(
-            self._loop, activity, self._step_without_loader, lost, reunion is not None and reunion.one_host
-        )
-        self._checkpointer: Checkpointer | None = None
-        self._resume: Resume | None = None
-        self._group = 0  # the epoch of the group that this rank is a member of
-        self._loop.on_step_end = self._step_ended
+        one_host = reunion is not None and reunion.one_host
+        self._steps = OwnedSteps(self._loop, activity, self._step_without_loader, lost, one_host)
+        self._loop.on_step_end = lambda: self._saving.step_ended(self.main)
         self._finished = False
 
     # ---- who am I -------------------------------------------------------------------------------------------------
@@ -134,7 +120,7 @@ class Job:
     @property
     def adopted(self) -> bool:
         """True once anything was adopted."""
-        return bool(self._models or self._optimizers or self._num_loaders)
+        return bool(self._models or self._optimizers or self._loaders.feeds or self._plain_loaders)
 
     # ---- adoption -------------------------------------------------------------------------------------------------
     def use_strategy(self, strategy: str | Exchange) -> None:
@@ -156,7 +142,7 @@ class Job:
             AdoptError: Something cannot be adopted (PL301, PL302, PL304, PL305, PL309), or ranks differ (PL303).
         """
         sorted_things = adoption.sort(things)
-        self._refuse_repeats(sorted_things)
+        adoption.refuse_repeats(sorted_things, (*self._models.values(), *self._optimizers))
         if self._place.plain:
             replaced = self._adopt_plain(sorted_things)
         else:
@@ -167,23 +153,18 @@ class Job:
         result = tuple(replaced.get(id(thing), thing) for thing in things)
         return result[0] if len(result) == 1 else result
 
-    def _refuse_repeats(self, given: adoption.Adopted) -> None:
-        for thing in (*given.models, *given.optimizers):
-            if any(thing is known for known in (*self._models.values(), *self._optimizers)):
-                raise AdoptError("PL309", f"this {type(thing).__name__} was adopted before")
-
     def _adopt_plain(self, given: adoption.Adopted) -> dict[int, Any]:
         self._register(given)
         for optimizer in given.optimizers:
             optimizer.register_step_post_hook(lambda *_: self._count_step())
-        self._num_loaders += len(given.loaders)
+        self._plain_loaders += len(given.loaders)
         return {id(loader): PlainLoader(loader, self._count_rows) for loader in given.loaders}
 
     def _count_step(self) -> None:
         self._loop.steps += 1
 
     def _count_rows(self, rows: int) -> None:
-        if torch.is_grad_enabled() and not self._evaluating:
+        if torch.is_grad_enabled() and not self._loaders.evaluating:
             self._loop.samples += rows
 
     def _register(self, given: adoption.Adopted) -> None:
@@ -198,10 +179,12 @@ class Job:
         self._register(given)
         new = {label: model for label, model in self._models.items() if label not in known}
         if self._wire is None:
-            self._wire = self._connect(_device_of(self._models)) if self._members is None else self._members.begin()
+            self._wire = (
+                self._connect(adoption.device_of(self._models)) if self._members is None else self._members.begin()
+            )
             self._emit_plan()
-            self._open_checkpoints()
-        self._resume_things(new, given)
+            self._saving.open(self.together, self._joining)
+        self._saving.adopted(new, given)
         if self._exchanges:
             if not self._joining:
                 self.together(lambda wire: adoption.agree(wire, new, given.optimizers, given.loaders))
@@ -222,56 +205,8 @@ class Job:
             raise AdoptError("PL451", "exact=True works without a GradScaler, and one was adopted")
         if given.scalers:
             self._loop.report_nonfinite = False  # overflow is part of a scaler's work
-        return {id(loader): self._own_loader(loader) for loader in given.loaders}
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
-    def _open_checkpoints(self) -> None:
-        """Find what to go on from, and begin to save."""
-        run_dir, plan = self._place.run_dir, self._place.plan
-        if run_dir is None:
-            return
-        found: Checkpoint | None = None
-        if plan.resume and not self._joining:
-            found = self.together(
-                lambda wire: choose(plan.resume, run_dir, self.rank, partial(wire.gather_bytes, "resume"), self._notice)
-            )
-            self._resume = Resume(found) if found is not None else None
-        if plan.checkpoint:
-            attempt = len(earlier(run_dir))
-            self._checkpointer = Checkpointer(
-                Policy.parse(plan.checkpoint),
-                run_dir / CHECKPOINTS,
-                self._capture,
-                right=lambda: (attempt, self._group),
-                sink=self._sink,
-                step=found.step if found is not None else 0,
-            )
-
-    def _resume_things(self, new: dict[str, nn.Module], given: adoption.Adopted) -> None:
-        """What is adopted now gets the state that it was saved with."""
-        if self._resume is not None:
-            chosen = {id(thing) for kind in (given.optimizers, given.schedulers, given.scalers) for thing in kind}
-            self._resume.restore(self._things().only(new, chosen))
-
-    def _begin_loop(self) -> None:
-        """The loop begins, or goes on where a checkpoint was."""
-        resume, self._resume = self._resume, None
-        if resume is None:
-            return
-        left = resume.begin_loop(self._things())
-        self._first_epoch = self._loop.passed
-        self._loop.resumed()
-        if left and self.main:
-            self._notice("PL610", f"the checkpoint holds {', '.join(left)}, which the script has not adopted")
-
-    def _step_without_loader(self) -> None:
-        self._begin_loop()
-        self._step_ended()
-
-    def _step_ended(self) -> None:
-        """Between two steps."""
-        if self._checkpointer is not None:
-            self._checkpointer.at_boundary(self._loop.steps, self.main)
+        rank, size = (0, 1) if self._joining else (self.rank, self.size)
+        return {id(loader): self._loaders.own(loader, rank, size) for loader in given.loaders}
 
     def _emit_plan(self) -> None:
         if self._exchange is None:
@@ -313,40 +248,9 @@ class Job:
                 self._stepper.add(model, [(f"{label}.{name}", p) for name, p in params])
 
     # ---- data -----------------------------------------------------------------------------------------------------
-    def _own_loader(self, loader: DataLoader[Any]) -> Feed:
-        feed = Feed(
-            loader,
-            rank=0 if self._joining else self.rank,
-            size=1 if self._joining else self.size,
-            streams=self._streams,
-            index=self._num_loaders,
-            activity=self._activity,
-            before_pass=self._join,
-            before_batch=lambda: self._loop.before_batch(self._training()),
-            want_phantom=self._training,
-            on_batch=self._on_batch,
-            on_epoch=self._on_epoch_end,
-            shards=self._loop.shards,
-        )
-        self._loop.add_feed(self._num_loaders, feed)
-        self._feeds.append(feed)
-        self._num_loaders += 1
-        return feed
-
-    def _on_batch(self, batch: Slice) -> None:
-        self._loop.on_batch(batch, self._training())
-        if batch.shard >= 0 and self._training():
-            if batch.round == 0 and self._stepper is not None:
-                self._stepper.remember_statistics()
-            self._streams.reseed("shard", batch.loader, batch.epoch, batch.batch, batch.shard)
-
-    def _on_epoch_end(self, end: EpochEnd) -> None:
-        self._loop.on_epoch_end(end)
-        if self._loop.shards:  # what a rank has drawn so far depends on its shards
-            self._streams.reseed("pass", end.loader, end.epoch)
-
-    def _training(self) -> bool:
-        return torch.is_grad_enabled() and not self._evaluating
+    def _first_round(self) -> None:
+        if self._stepper is not None:
+            self._stepper.remember_statistics()
 
     def _share_streams(self, mine: bytes) -> bytes:
         if self._wire is None:
@@ -367,13 +271,10 @@ class Job:
     def _look(self) -> None:
         """Compare the replicas, and heal the one that differs."""
         found = self.together(lambda wire: replicas.look(wire, self._models))
-        if found is None:
-            return
-        self.together(lambda wire: replicas.heal(wire, found, self._models, self._optimizers))
-        if self.rank == found.leader:
-            who = ", ".join(f"rank {rank}" for rank in found.culprits)
-            message = f"step {self._loop.steps}: the parameters of {who} were not those of the others ({', '.join(found.tensors[:3])}); healed"
-            self._sink(Event("notice", self._loop.steps, {"code": "PL441", "message": message}))
+        if found is not None:
+            self.together(lambda wire: replicas.heal(wire, found, self._models, self._optimizers))
+            if self.rank == found.leader:
+                self._saving.notice("PL441", f"step {self._loop.steps}: {found}; healed")
 
     # ---- members that come and go ---------------------------------------------------------------------------------
     @property
@@ -381,23 +282,20 @@ class Job:
         return self._members is not None and self._members.joining
 
     def _join(self) -> None:
+        """The loop begins, or goes on where a checkpoint or the other members are."""
         if self._members is not None:
             self._members.join()
-        self._begin_loop()
+        if self._saving.begin_loop(self.main):
+            self._first_epoch = self._loop.passed
+
+    def _step_without_loader(self) -> None:
+        self._join()
+        self._saving.step_ended(self.main)
 
     def _move(self, epoch: Epoch) -> None:
         """Be another rank of another world."""
-        mine = epoch.hosts[epoch.rank]
-        self._place = replace(
-            self._place,
-            rank=epoch.rank,
-            size=epoch.size,
-            hosts=epoch.hosts,
-            local_rank=epoch.hosts[: epoch.rank].count(mine),
-            local_size=epoch.hosts.count(mine),
-        )
-        self._wire, self._group = epoch.wire, epoch.number
-        self._neighbours = [name for name, host in zip(epoch.names, epoch.hosts, strict=True) if host == mine]
+        self._place, self._neighbours = epoch.place(self._place), epoch.neighbours
+        self._wire, self._saving.group = epoch.wire, epoch.number
 
     # ---- the state ------------------------------------------------------------------------------------------------
     def _things(self) -> trees.Things:
@@ -408,15 +306,11 @@ class Job:
             schedulers=trees.numbered(self._schedulers),
             scalers=trees.numbered(self._scalers),
             kept=self._kept,
-            feeds=trees.numbered(self._feeds),
+            feeds=trees.numbered(self._loaders.feeds),
             names=trees.names_of(self._models),
             loop=self._loop,
             streams=self._streams,
         )
-
-    def _capture(self) -> trees.Tree:
-        """The state, as references: true until the next step."""
-        return trees.capture(self._things())
 
     def _restore(self, tree: trees.Tree) -> None:
         """Take over a state. Raises AdoptError PL610 for that of another job."""
@@ -470,19 +364,13 @@ class Job:
         Args:
             models: Which models; all adopted ones by default.
         """
-        chosen = models or tuple(self._models.values())
-        modes = [(module, module.training) for model in chosen for module in model.modules()]
         self._counters.clear()
-        was, self._evaluating = self._evaluating, True
+        was, self._loaders.evaluating = self._loaders.evaluating, True
         try:
-            for model in chosen:
-                model.eval()
-            with torch.no_grad():
+            with in_eval_mode(models or tuple(self._models.values())), torch.no_grad():
                 yield
         finally:
-            self._evaluating = was
-            for module, training in modes:
-                module.training = training
+            self._loaders.evaluating = was
         self._counters.merge(self._gather_json("evaluating"))
 
     def count(self, **amounts: Any) -> None:
@@ -517,17 +405,11 @@ class Job:
             AdoptError: PL301 for a thing without these methods, PL303 when ranks hold different tensors.
         """
         for name, thing in things.items():
-            if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
-                raise AdoptError(
-                    "PL301",
-                    f"job.keep({name}=...): a {type(thing).__qualname__} has no state_dict and load_state_dict",
-                    help="give it these two methods.",
-                )
+            adoption.check_kept(name, thing)
             if self._wire is not None and not self._joining:
                 self.together(functools.partial(adoption.share_kept, name=name, thing=thing))
             self._kept[name] = thing
-            if self._resume is not None:
-                self._resume.restore(trees.Things(kept={name: thing}))
+            self._saving.kept(name, thing)
 
     def export(self, path: str | Path) -> None:
         """Write the adopted models' weights as safetensors, original names, atomically. One rank writes; any may call.
@@ -593,53 +475,26 @@ class Job:
             return
         self._finished = True
         self._diary.flush(self._loop.clock)
-        if self._checkpointer is not None:
-            whole = error is None or isinstance(error, Stopped)
-            self._checkpointer.finish(self._loop.steps, self.main, whole)
-        if self._resume is not None:
-            self._resume.close()
+        whole = error is None or isinstance(error, Stopped)
+        self._saving.finish(self.main, whole)
         if not self._place.plain:
             self._loop.finish()
-            whole = error is None or isinstance(error, Stopped)
-            self._sink(Event("end", self._loop.steps, self._final_state() if whole else {"ok": False}))
+            end = self._saving.last_state(self._models, self.main) if whole else {"ok": False}
+            self._sink(Event("end", self._loop.steps, end))
         if self._stepper is not None:
             self._stepper.close()
         if self._members is not None:
-            self._members.close("failed" if error is not None and not isinstance(error, Stopped) else "finished")
+            self._members.close("finished" if whole else "failed")
         if self._wire is not None:
             self._wire.close()
-
-    def _final_state(self) -> dict[str, Any]:
-        end: dict[str, Any] = {"ok": True, "samples": self._loop.samples, "epoch": self._loop.epoch}
-        if self._models:
-            tensors = state.named_state(self._models)
-            end["hash"] = state.hash_tensors(tensors)
-            if self.main and self._place.run_dir is not None:
-                try:
-                    state.save(tensors, self._place.run_dir / "model.safetensors")
-                except OSError as failure:
-                    self._notice_failure(failure)
-        return end
 
     def _ledger_path(self) -> Path | None:
         run_dir = self._place.run_dir
         return None if run_dir is None else run_dir / "ledger" / f"{self._place.name}.jsonl"
 
-    def _notice(self, code: str, message: str) -> None:
-        self._sink(Event("notice", self._loop.steps, {"code": code, "message": message}))
-
     def _notice_failure(self, failure: OSError) -> None:
-        self._sink(
-            Event(
-                "notice", self._loop.steps if hasattr(self, "_loop") else 0, {"code": "PL601", "message": str(failure)}
-            )
-        )
+        self._sink(Event("notice", 0, {"code": "PL601", "message": str(failure)}))
 
     @property
     def _printing(self) -> bool:
         return self.main and self._place.launcher != "paceline"
-
-
-def _device_of(models: dict[str, nn.Module]) -> torch.device:
-    devices = {p.device for model in models.values() for p in model.parameters()}
-    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

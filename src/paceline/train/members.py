@@ -71,6 +71,7 @@ class Members:
         self._reunion, self._loop, self._ledger, self._sink, self._hands = reunion, loop, ledger, sink, hands
         self._wire: Wire | None = None
         self._told = False
+        loop.on_boundary = self.at_boundary
 
     def begin(self) -> Wire:
         """The wire of the first adoption. Who joins later has none yet, and meets the others when its loop begins."""

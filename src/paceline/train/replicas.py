@@ -39,6 +39,10 @@ class Findings:
     tensors: tuple[str, ...]
     leader: int
 
+    def __str__(self) -> str:
+        who = ", ".join(f"rank {rank}" for rank in self.culprits)
+        return f"the parameters of {who} were not those of the others ({', '.join(self.tensors[:3])})"
+
 
 def fingerprint(parameters: Iterable[Tensor]) -> list[int]:
     """One number a tensor that any single flipped bit changes: the sum of its words, modulo 2^64."""

@@ -24,21 +24,12 @@ from paceline.group import keys, lines, secure
 from paceline.group.frames import ANY, HEADER, MAGIC, NO_KEY, VERSION, Cap, Frame, Inbox, head
 from paceline.group.secure import Connection, Listener, connect
 from paceline.terms.errors import Aborted, PacelineError, PeerLost, UsageError, WireError
+from support.meeting import SECRET, elsewhere
 
-SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
+OTHER = bytes(range(1, 33))
 BULK = {ANY: Cap(1 << 16, 1 << 26)}
 PROMPTLY = 2.0
 LOCAL = ["unix:@pl-test-{pid}", "unix:{tmp}/door", "tcp:127.0.0.1:0", "tcp:[::1]:0"]
-
-
-def elsewhere() -> str:
-    """An address of this machine that is not the loopback's."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect(("203.0.113.1", 9))  # nothing is sent
-        found = str(probe.getsockname()[0])
-        if not lines.is_local(socket.AF_INET, (found, 0)):
-            return found
-    pytest.skip("this machine has no address but the loopback's")
 
 
 @pytest.fixture(params=[*LOCAL, "tcp:elsewhere:0"])

@@ -21,16 +21,8 @@ import torch
 from torch import Tensor
 
 from paceline.terms.errors import FileError, UsageError
-from paceline.train.checkpoint_files import (
-    Box,
-    Checkpoint,
-    Policy,
-    candidates,
-    newest_valid,
-    seal,
-    step_name,
-    step_of,
-)
+from paceline.train.checkpoint_files import Checkpoint, Policy, candidates, newest_valid, step_name, step_of
+from paceline.train.manifest import Box, seal
 from paceline.train.resume import read_tensor, read_tree
 from paceline.train.state import hash_file, hash_tensors
 from support.checkpoints import Shards, small, write_shards

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from paceline.observe.events import EventWriter
-from paceline.observe.tail import Values
+from paceline.observe.tail import Ended, Values
 from paceline.terms.event import Event
 
 
@@ -327,28 +327,35 @@ def test_faults_notices_and_ends_are_listed(tmp_path: Path) -> None:
     assert (values.notices[0]["code"], values.faults[0]["type"], values.ends[0]["ok"]) == ("PL409", "ValueError", False)
 
 
-def test_a_nan_is_shown_and_is_not_the_best(tmp_path: Path) -> None:
-    rows = [0.5, "nan", 0.25, 2.0]
-    for step, value in enumerate(rows):
-        append(tmp_path / "worker-0.jsonl", line(0, step, values={"loss": value, "text": "x"}, weight=1))
-        if value == "nan":
-            values = Values(tmp_path, 1)
-            values.drain()
-            assert math.isnan(values.latest()["loss"])
+def test_a_nan_is_shown_and_text_is_not(tmp_path: Path) -> None:
     values = Values(tmp_path, 1)
+    for step, value in enumerate([0.5, "nan"]):
+        append(tmp_path / "worker-0.jsonl", line(0, step, values={"loss": value, "text": "x"}, weight=1))
     values.drain()
-    summary = values.summary()["loss"]
-    assert (summary.first, summary.last, summary.lowest, summary.highest) == (0.5, 2.0, 0.25, 2.0)
-    assert (summary.lowest_step, summary.highest_step, summary.steps) == (2, 3, 4)
-    assert "text" not in values.summary()
+    assert math.isnan(values.latest()["loss"])
+    assert math.isnan(values.final()["loss"])
+    assert "text" not in values.final()
 
 
-def test_a_rank_that_stopped_logging_is_not_waited_for(tmp_path: Path) -> None:
-    append(tmp_path / "worker-1.jsonl", line(1, 1, wall=1.0, values={"loss": 1.0}, weight=1))
-    append(tmp_path / "worker-0.jsonl", line(0, 9, wall=9.0, values={"loss": 3.0}, weight=1))
+def test_a_rank_that_has_not_been_read_is_waited_for_and_one_that_is_silent_is_not(tmp_path: Path) -> None:
     values = Values(tmp_path, 2)
+    append(tmp_path / "worker-1.jsonl", line(1, 0, "start"))
+    append(tmp_path / "worker-0.jsonl", line(0, 9, wall=9.0, values={"loss": 3.0}, weight=1))
+    values.drain()
+    assert values.latest() == {}
+    assert values.latest({"worker-0"}) == {"loss": 3.0}  # the other one does not take part
+    append(tmp_path / "worker-0.jsonl", line(0, 9, "step", wall=11.5))
     values.drain()
     assert values.latest() == {"loss": 3.0}
+
+
+@pytest.mark.parametrize("later", [line(1, 10, "step"), line(1, 9, "end")], ids=["goes on", "ended"])
+def test_a_rank_that_goes_on_without_a_word_is_not_waited_for(later: str, tmp_path: Path) -> None:
+    append(tmp_path / "worker-0.jsonl", line(0, 9, values={"accuracy": 3.0}, weight=1))
+    append(tmp_path / "worker-1.jsonl", later)
+    values = Values(tmp_path, 2)
+    values.drain()
+    assert values.latest() == {"accuracy": 3.0}
 
 
 def test_weights_of_zero_fall_back_to_the_plain_mean(tmp_path: Path) -> None:
@@ -360,21 +367,73 @@ def test_weights_of_zero_fall_back_to_the_plain_mean(tmp_path: Path) -> None:
     assert values.latest() == {"a": 2.0}
 
 
-def test_merged_lines_are_shown_over_the_steps_that_they_stand_for(tmp_path: Path) -> None:
-    append(tmp_path / "worker-0.jsonl", line(0, 100, values={"loss": 1.0}, weight=10, count=10))
-    append(tmp_path / "worker-1.jsonl", line(1, 98, values={"loss": 3.0}, weight=10, count=10))
-    append(tmp_path / "worker-1.jsonl", line(1, 108, values={"loss": 9.0}, weight=10, count=10))
+def test_lines_of_different_lengths_are_taken_together_from_cut_to_cut(tmp_path: Path) -> None:
+    """The last line of one rank is a merge of two steps, that of the other is one step."""
+    lines = [line(0, 1, values={"loss": 7.0}, weight=9), line(0, 3, values={"loss": 1.0}, weight=2, count=2)]
+    append(tmp_path / "worker-0.jsonl", "".join(lines))
+    append(tmp_path / "worker-1.jsonl", "".join(line(1, step, values={"loss": 4.0}, weight=1) for step in (1, 2, 3)))
+    append(tmp_path / "worker-1.jsonl", line(1, 4, values={"loss": 100.0}, weight=1))
     values = Values(tmp_path, 2)
     values.drain()
-    assert values.latest() == {"loss": 2.0}
+    assert values.latest() == {"loss": 2.5}
 
 
-def test_long_runs_keep_their_summary_though_not_their_steps(tmp_path: Path) -> None:
+def test_ranks_that_merge_differently_are_never_compared_over_different_steps(tmp_path: Path) -> None:
+    """One rank logs 0 and the other 1, so every mean over equal steps is a half."""
+    values, shown = Values(tmp_path, 2), 0
+    sinks = [writer(tmp_path / f"worker-{rank}.jsonl", name=f"worker-{rank}") for rank in range(2)]
+    for step in range(1, 1200):
+        for rank, sink in enumerate(sinks):
+            about = {"values": {"loss": rank}, "weight": 1.0 + step, "epoch": step // 100}
+            sink(Event("log", step, about))
+            if step % (173, 211)[rank] == 0:
+                sink.flush()
+        values.poll()
+        if latest := values.latest():
+            shown += 1
+            assert latest == {"loss": 0.5}, step
+    for sink in sinks:
+        sink(Event("end", 1199, {"epoch": 11}))
+        sink.close()
+    assert shown > 100
+    assert any("count" in line for line in strict(tmp_path / "worker-0.jsonl"))
+    values.drain()
+    assert values.final() == {"loss": 0.5}
+    last = [line for line in strict(tmp_path / "worker-1.jsonl") if line["kind"] == "log"][-1]
+    assert (last["step"], last["epoch"], last.get("count")) == (1199, 11, None)
+
+
+def test_long_runs_know_their_end_though_not_all_their_steps(tmp_path: Path) -> None:
     append(tmp_path / "worker-0.jsonl", "".join(line(0, n, values={"loss": n}, weight=1) for n in range(5000)))
     values = Values(tmp_path, 1)
     values.drain()
-    summary = values.summary()["loss"]
-    assert (summary.first, summary.last, summary.lowest, summary.highest, summary.steps) == (0, 4999, 0, 4999, 5000)
+    assert values.final() == {"loss": 4999}
+
+
+def test_an_epoch_has_ended_when_all_have_left_it(tmp_path: Path) -> None:
+    values, both = Values(tmp_path, 2), {"worker-0", "worker-1"}
+    for rank in range(2):
+        append(tmp_path / f"worker-{rank}.jsonl", line(rank, 1, epoch=0, values={"loss": 1.0 + rank}, weight=1))
+        append(tmp_path / f"worker-{rank}.jsonl", line(rank, 2, epoch=0, values={"loss": 5.0 + rank}, weight=1))
+    append(tmp_path / "worker-0.jsonl", line(0, 3, epoch=1, values={"loss": 9.0}, weight=1))
+    values.poll()
+    assert values.ended(both) is None
+    append(tmp_path / "worker-1.jsonl", line(1, 3, epoch=1, values={"loss": 9.0}, weight=1))
+    append(tmp_path / "worker-2.jsonl", line(2, 0, "start"))  # of one that is still starting
+    values.poll()
+    assert values.ended(both) == Ended(0, 2, {"loss": 5.5})
+    assert values.ended(both) is None
+    assert values.last_epoch() == Ended(1, 3, {"loss": 9.0})
+    assert values.last_epoch() is None
+
+
+def test_the_rate_is_that_between_the_first_step_and_the_last(tmp_path: Path) -> None:
+    values = Values(tmp_path, 1)
+    assert values.rate is None
+    for step, mono in ((1, 100.0), (5, 101.0), (21, 102.0)):
+        append(tmp_path / "worker-0.jsonl", line(0, step, "step", mono=mono, samples=32 * step))
+    values.drain()
+    assert values.rate == (10.0, 320.0)
 
 
 def test_writer_and_tail_agree(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from paceline.train import tree as trees
 from paceline.train.checkpoint import save_tree
-from paceline.train.checkpoint_files import FORMAT, VERSION, Box
 from paceline.train.checkpoint_writer import Writing
+from paceline.train.manifest import FORMAT, VERSION, Box
 
 Shards = Sequence[Mapping[str, tuple[Tensor, Box, tuple[int, ...]]]]
 """What each process holds: by name the elements, their box, and the shape of the whole tensor."""

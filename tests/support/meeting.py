@@ -1,18 +1,33 @@
-"""Peers of a test that meet on the tcp wire: each opens a lobby, and they tell each other where through files."""
+"""Where processes of a test meet: on the tcp wire, through a lobby each, of which they tell each other through files."""
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+import pytest
+
+from paceline.group.lines import is_local
 from paceline.group.lobby import Lobby
 from paceline.group.tcp_wire import TcpWire
 from support.peers import Peer
 
 SECRET = bytes(range(32))
 _PATIENCE_S = 30.0
+
+
+def elsewhere() -> str:
+    """An address of this machine that is not the loopback's; without one the test is skipped."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("203.0.113.1", 9))  # nothing is sent
+        found = str(probe.getsockname()[0])
+        if not is_local(socket.AF_INET, (found, 0)):
+            return found
+    pytest.skip("this machine has no address but the loopback's")
 
 
 def enter(peer: Peer, address: str = "tcp:127.0.0.1:0") -> tuple[Lobby, list[str]]:

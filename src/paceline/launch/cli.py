@@ -40,6 +40,7 @@ VERBS = {
     "checkpoint": ("paceline.launch.commands.checkpoint", "to and from the formats of torch.save and DCP"),
     "logs": ("paceline.launch.commands.logs", "what the ranks of a run have printed"),
     "join": ("paceline.launch.commands.join", "add workers to a run that is alive"),
+    "chaos": ("paceline.launch.commands.chaos", "a fault drill on a run of one's own"),
     "stop": ("paceline.launch.commands.stop", "end a run at its next step"),
 }
 _FORMATS = ("text", "json")

@@ -71,18 +71,25 @@ class Console:
         self._snapshots = snapshots
         self._show(self._folder.due(now))
         self._values.poll()
-        self.screen.update(snapshots, self._values.latest(), now)
+        alive = {f"worker-{s.rank}" for s in snapshots if s.adopted}
+        if ended := self._values.ended(alive):
+            self.screen.epoch(ended.epoch, ended.step, ended.values)
+        self.screen.update(snapshots, self._values.latest(alive), now)
 
     def conclude(self, outcome: Outcome, seconds: float) -> None:
         """The last words."""
         self._show(self._folder.flush())
         self._values.drain()
-        values = {name: summary.last for name, summary in self._values.summary().items()}
+        values, rate = self._values.final(), self._values.rate
+        if outcome.exit_code == 0 and (last := self._values.last_epoch()):
+            self.screen.epoch(last.epoch, last.step, last.values)
         data = {
             "state": outcome.state,
             "exit_code": outcome.exit_code,
             "run_dir": str(self._path),
             "seconds": seconds,
+            "steps_per_second": rate[0] if rate is not None else None,
+            "samples_per_second": rate[1] if rate is not None else None,
             "values": values,
             "failures": list(outcome.failures),
             "mistake": outcome.mistake.code if outcome.mistake is not None else None,
@@ -100,6 +107,8 @@ class Console:
     def _good(self, outcome: Outcome, seconds: float, values: Mapping[str, float]) -> list[str]:
         steps = max((s.step for s in self._snapshots), default=0)
         parts = [f"{outcome.state} in {duration(seconds)}", *([f"{steps} steps"] if steps else [])]
+        if rate := self._values.rate:
+            parts.append(f"{rate[1]:.0f} samples/s" if rate[1] else f"{rate[0]:.3g} steps/s")
         return [" · ".join([*parts, *(f"{name} {value:.4g}" for name, value in values.items()), str(self._path)])]
 
     def _bad(self, outcome: Outcome, seconds: float) -> list[str]:

@@ -9,7 +9,8 @@ for the last quarter of a second. It is not fsynced: the page cache outlives the
 
 **The budget.** A file gets at most about 200 ``log`` lines a second; a slower logger keeps every line. Beyond that,
 neighbouring log events with the same names are merged into one line: its values are their weighted means, ``weight``
-is the sum of their weights, ``step`` the last step, and ``count`` says how many there were. No other kind is merged.
+is the sum of their weights, ``step`` the last step, and ``count`` says how many there were. No other kind is merged, and
+the last step of all is not (see ``merge``).
 
 **A full disk does not end training.** What cannot be written is lost and counted; the first error is remembered and
 told once; when the disk takes lines again, a ``notice`` says how many are missing.
@@ -27,7 +28,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from paceline.observe.merge import Stamped, merged
+from paceline.observe.merge import Stamped, condensed
 from paceline.observe.plain import hold, plain
 from paceline.terms.event import Event
 
@@ -116,9 +117,7 @@ class EventWriter:
             return
         for names, group in groupby(batch, _names):
             run = list(group)
-            step = 1 if names is None else stride
-            for start in range(0, len(run), step):
-                yield merged(run[start : start + step])
+            yield from run if names is None else condensed(run, -(-len(run) // stride))
 
     def _line(self, stamped: Stamped) -> str:
         mono, wall, event = stamped

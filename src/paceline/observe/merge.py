@@ -2,18 +2,39 @@
 
 Pure. The merged value of a name is ``sum(weight * value) / sum(weight)``, in double precision; where all weights are 0
 it is the plain mean; a NaN stays visible. Values that are no numbers are those of the last event.
+
+Ranks merge without asking each other, and a mean over ranks needs lines of the same steps. So lines are cut where other ranks
+cut, too: after multiples of a power of two of steps, which nest, and at the ends of epochs. The last step stays by itself: it
+is the one that is shown in the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from paceline.observe.plain import number, plain
 from paceline.terms.event import Event
 
 Stamped = tuple[float, float, Event]
+
+
+def condensed(run: Sequence[Stamped], lines: int) -> Iterator[Stamped]:
+    """A run of log events with the same names as about so many lines."""
+    first, last = run[0][2].step, run[-1][2].step
+    width = 1
+    while width * lines <= last - first:
+        width *= 2
+    by_epoch = len({event.data.get("epoch") for _, _, event in run}) <= lines
+
+    def line(stamped: Stamped) -> tuple[Any, ...]:
+        event = stamped[2]
+        return event.data.get("epoch") if by_epoch else None, event.step // width, event.step == last
+
+    for _, group in groupby(run, line):
+        yield merged(list(group))
 
 
 def merged(run: Sequence[Stamped]) -> Stamped:

@@ -25,6 +25,7 @@ Strip = tuple[tuple[str, str], ...]
 
 FOLD_FROM = 16  # ranks from which they share lines
 _WINDOW = 2.0
+_STALLED = 4  # times the duration of a step after which a rate is not said any more
 _MOST_GROUPS = 12
 _LONG = 0.5  # seconds that a rank waits before the line says for whom; a shorter wait would only flicker
 
@@ -54,23 +55,34 @@ class Progress:
 
 
 class Meter:
-    """Rates and shares over the last two seconds of snapshots."""
+    """Rates and shares over the last two seconds of snapshots.
+
+    Rates are taken between moments at which the step counter moved, the first of them at the end of the first step: what lies
+    before it is the start, and what follows the last one is a step that is not over.
+    """
 
     def __init__(self) -> None:
         self._history: deque[tuple[float, Sequence[Snapshot]]] = deque()
+        self._at: tuple[int, int] | None = None  # the most steps and samples seen
+        self._moves: deque[tuple[float, int, int]] = deque()
 
     def see(self, snapshots: Sequence[Snapshot], now: float) -> None:
         self._history.append((now, tuple(snapshots)))
         while len(self._history) > 2 and self._history[1][0] <= now - _WINDOW:
             self._history.popleft()
+        at = _furthest(snapshots)
+        self._at = self._at or at
+        if at[0] > self._at[0]:
+            self._moves.append((now, *at))
+            while len(self._moves) > 2 and self._moves[1][0] <= now - _WINDOW:
+                self._moves.popleft()
+            self._at = at
 
     def progress(self) -> Progress:
         """The furthest rank's counts; they are global counts, and differ between ranks for moments only."""
-        began, first = self._history[0]
-        now, last = self._history[-1]
+        now, last = self._history[-1] if self._history else (0.0, ())
         step, samples = _furthest(last)
-        steps, grown = step - _furthest(first)[0], samples - _furthest(first)[1]
-        seconds = now - began
+        seconds, steps, grown = self._pace(now)
         return Progress(
             step=step,
             epoch=max((s.epoch for s in last), default=0),
@@ -78,6 +90,16 @@ class Meter:
             samples_per_second=grown / seconds if seconds > 0 and grown > 0 else None,
             seconds_per_step=seconds / steps if steps > 0 else None,
         )
+
+    def _pace(self, now: float) -> tuple[float, int, int]:
+        """Seconds, and the steps and samples in them; all 0 where nothing is known, or nothing moves any more."""
+        if len(self._moves) < 2:
+            return 0.0, 0, 0
+        began, ended = self._moves[0], self._moves[-1]
+        seconds, steps = ended[0] - began[0], ended[1] - began[1]
+        if now - ended[0] > max(_WINDOW, _STALLED * seconds / steps):
+            return 0.0, 0, 0
+        return seconds, steps, ended[2] - began[2]
 
     def shares(self, numbers: Sequence[int]) -> Spent:
         """For each timed phase, the share of it in the time of the ranks named. Empty when nothing was observed."""
@@ -101,12 +123,25 @@ def _furthest(snapshots: Sequence[Snapshot]) -> tuple[int, int]:
 
 def headline(progress: Progress, values: Mapping[str, float]) -> str:
     """Progress and values on one line."""
-    parts = [f"step {progress.step}", f"epoch {progress.epoch}"]
+    return " · ".join([f"step {progress.step}", f"epoch {progress.epoch}", *_rates(progress), *_told(values)])
+
+
+def epoch_line(epoch: int, step: int, progress: Progress, values: Mapping[str, float]) -> str:
+    """An epoch that has ended, at `step`, on one line."""
+    return " · ".join([f"epoch {epoch} done", f"step {step}", *_rates(progress), *_told(values)])
+
+
+def _rates(progress: Progress) -> list[str]:
+    parts = []
     if progress.samples_per_second is not None:
         parts.append(f"{progress.samples_per_second:.0f} samples/s")
     if progress.seconds_per_step is not None:
         parts.append(f"{_step_time(progress.seconds_per_step)}/step")
-    return " · ".join(parts + [f"{name} {value:.4g}" for name, value in values.items()])
+    return parts
+
+
+def _told(values: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in values.items()]
 
 
 def region(

@@ -1,7 +1,7 @@
 """The terminal. Only the launcher draws on it, and only here.
 
 Three modes, the same calls: ``live`` keeps a region at the bottom of a terminal and prints lines above it; ``plain``
-prints lines, and a line of progress now and then; ``json`` prints one object a line. What is drawn is decided by
+prints lines, one for each epoch that ends (at most one a second), and a line of progress now and then; ``json`` prints one object a line. What is drawn is decided by
 :mod:`paceline.observe.picture`.
 
 **A terminal that goes away does not end the run.** ``paceline run | head`` closes the pipe, a terminal is hung up, a
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 
-from paceline.observe.picture import Meter, Strip, headline, region
+from paceline.observe.picture import Meter, Strip, epoch_line, headline, region
 from paceline.observe.pipe import Pipe
 from paceline.observe.plain import plain
 from paceline.observe.words import RANK, place, ranks
@@ -32,6 +32,7 @@ Mode = Literal["auto", "live", "plain", "json"]
 
 _FRAME = 0.1  # seconds between two drawings of the region
 _OFTEN, _SELDOM = 2.0, 5.0  # seconds between lines of progress: first, and once a run has lasted some minutes
+_EPOCHS = 1.0  # seconds between lines of epochs that have ended
 _IDLE = 30.0  # seconds after which a line of progress is printed although nothing has changed
 _MOVES = re.compile(  # what a line of a rank may not do to the screen: anything but colours
     r"\x1b\[[0-9;?]*[A-Za-ln-z]"  # move, erase, switch modes
@@ -73,6 +74,8 @@ class Screen:
         self._console: Console | None = None
         self._live: Live | None = None
         self._began = self._drawn = self._told = clock()
+        self._epoch_told = self._began - _EPOCHS
+        self._epoch: tuple[int, int, Mapping[str, float]] | None = None  # that has ended, and was not told yet
         self._said = _said(0, 0, {})  # nothing, which is not worth a line
         self.mode: Literal["live", "plain", "json"] = self._choose(mode)
 
@@ -98,12 +101,21 @@ class Screen:
         if self.mode == "live":
             if self._clock() - self._drawn >= _FRAME:
                 self._safely(lambda: self._draw(snapshots, values, now))
-        elif self._is_time():
+            return
+        if self._epoch is not None and self._clock() - self._epoch_told >= _EPOCHS:
+            self._tell_epoch(*self._epoch)
+        if self._is_time():
             self._tell(snapshots, values)
+
+    def epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """An epoch has ended. Of several that end within a second the last is told, with the next update or the end."""
+        self._epoch = (epoch, step, values) if self.mode != "live" else None
 
     def finish(self, lines: Sequence[str], data: Mapping[str, Any] | None = None, err: bool = False) -> None:
         """The last words: take the region away, show the summary. `data` is the summary for ``json`` mode."""
         self._safely(self._stop)
+        if self._epoch is not None:
+            self._tell_epoch(*self._epoch)
         if self.mode == "json":
             self._object("summary", lines=list(lines), **(data or {}))
             return
@@ -122,6 +134,16 @@ class Screen:
     def _is_time(self) -> bool:
         now = self._clock()
         return now - self._told >= min(_SELDOM, max(_OFTEN, (now - self._began) / 50))
+
+    def _tell_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        self._epoch, self._epoch_told = None, self._clock()
+        progress = self._meter.progress()
+        if self.mode == "plain":
+            self._told = self._epoch_told
+            self._out.say(epoch_line(epoch, step, progress, values))
+        else:
+            rate = progress.samples_per_second
+            self._object("epoch", epoch=epoch, step=step, samples_per_second=rate, values=dict(values))
 
     def _tell(self, snapshots: Sequence[Snapshot], values: Mapping[str, float]) -> None:
         progress = self._meter.progress()

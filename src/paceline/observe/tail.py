@@ -4,15 +4,15 @@
 here, ``sum(weight * value) / sum(weight)`` over the lines of one step. Lines may arrive in any order between files, a
 line may still be half written, and a file may begin to exist at any time.
 
-Which step is shown: the newest one that every rank still logging has reached, so that a value is not the mean of
-whoever was first. Where a fast logger's lines were merged (``count``), the lines of as many steps are taken together.
+A number is shown for a step only when every rank has said its part of it, or has gone on without a word: who has not been read
+yet is waited for. Where a fast logger's lines were merged (see ``merge``), ranks have lines of different lengths; then the lines
+since the cut before are taken together that all of them have.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,22 @@ from paceline.observe.plain import number
 
 _CHUNK = 1 << 20  # bytes read of one file in one poll; the launcher has other things to do
 _STEPS = 1024  # steps of a name that are kept open for late lines
-_RECENT = 2.0  # seconds after which a rank that no longer logs a name is not waited for
+_PATIENCE = 2.0  # seconds that a rank is waited for, on the clock of the events
 _KEPT = 1000  # events of a kind that are kept
 _LISTED = ("start", "adopt", "fault", "notice", "export", "end")
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """One logged name over the run: global means at single steps, and how many steps had one."""
+Moment = tuple[int, int]
+"""Epoch and step."""
 
-    first: float
-    last: float
-    lowest: float
-    highest: float
-    lowest_step: int
-    highest_step: int
-    steps: int
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An epoch that has ended on all ranks: its last step, and the newest global value of each name at that time."""
+
+    epoch: int
+    step: int
+    values: dict[str, float]
 
 
 class Values:
@@ -53,6 +53,12 @@ class Values:
         self._where: Path | tuple[Path, ...] = where if isinstance(where, Path) else tuple(where)
         self._files: dict[Path, _File] = {}
         self._series: dict[str, _Series] = {}
+        self._ranks: dict[str, _Rank] = {}
+        self._wall = 0.0  # of the newest event
+        self._steps: dict[int, int] = {}  # the last step of each epoch
+        self._told = -1  # the epoch told last
+        self._first: tuple[float, float, float] | None = None  # `step` events: when, steps, samples
+        self._last: tuple[float, float, float] | None = None
         self.events: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _LISTED}
 
     @property
@@ -83,13 +89,44 @@ class Values:
         while self.poll():
             pass
 
-    def latest(self) -> dict[str, float]:
-        """The newest global value of each name, in the order in which the names appeared."""
-        return {name: series.latest() for name, series in self._series.items()}
+    def latest(self, alive: Collection[str] | None = None) -> dict[str, float]:
+        """The newest global value of each name, in the order in which the names appeared.
 
-    def summary(self) -> dict[str, Summary]:
-        """All names over the whole run. Meant for its end: the last value is that of the last step logged."""
-        return {name: series.summary() for name, series in self._series.items()}
+        Args:
+            alive: Names of the processes that take part; all that have written by default.
+        """
+        ranks = {name: rank for name, rank in self._ranks.items() if alive is None or name in alive}
+        found = {name: series.latest(ranks, self._wall) for name, series in self._series.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def final(self) -> dict[str, float]:
+        """The value of the last step that each name was logged in, when nobody writes any more."""
+        return {name: series.mean(max(series.lines)) for name, series in self._series.items()}
+
+    def ended(self, alive: Collection[str]) -> Ended | None:
+        """The newest epoch that all who take part have left, if it was not told before."""
+        inside = [r.epoch for name, r in self._ranks.items() if name in alive and not r.over and r.epoch >= 0]
+        return self._tell(min(inside, default=0) - 1)
+
+    def last_epoch(self) -> Ended | None:
+        """The last epoch of a run that has come to its end, if there were several and it was not told before."""
+        last = max((r.epoch for r in self._ranks.values()), default=0)
+        return self._tell(last) if last > 0 else None
+
+    @property
+    def rate(self) -> tuple[float, float] | None:
+        """Steps and samples a second, from the first step to the last; None where they are too close."""
+        if self._first is None or self._last is None or self._last[0] <= self._first[0]:
+            return None
+        seconds, steps, samples = (b - a for a, b in zip(self._first, self._last, strict=True))
+        return steps / seconds, samples / seconds
+
+    def _tell(self, epoch: int) -> Ended | None:
+        if epoch <= self._told:
+            return None
+        self._told = epoch
+        known = {name: series.until(epoch) for name, series in self._series.items()}
+        return Ended(epoch, self._steps[epoch], {name: value for name, value in known.items() if value is not None})
 
     def _paths(self) -> Iterable[Path]:
         if isinstance(self._where, Path) and not self._where.is_file():
@@ -102,20 +139,34 @@ class Values:
             kind, step = event["kind"], int(event["step"])
         except (ValueError, KeyError, TypeError):
             return  # torn by a kill, or not ours
+        name, moment = str(event.get("name")), (int(number(event.get("epoch")) or 0), step)
+        wall = number(event.get("wall")) or 0.0
+        self._wall = max(self._wall, wall)
+        rank = self._ranks.setdefault(name, _Rank())
+        rank.newest = max(rank.newest, moment)
+        rank.over = rank.over or kind in ("end", "fault")
+        if kind in ("step", "log"):
+            rank.epoch = moment[0]
+            self._steps[moment[0]] = max(step, self._steps.get(moment[0], 0))
+        if kind == "step":
+            self._clock(event, step)
         if kind == "log":
-            self._log(event, step)
+            self._log(event, name, moment, wall)
         elif kind in self.events and len(self.events[kind]) < _KEPT:
             self.events[kind].append(event)
 
-    def _log(self, event: dict[str, Any], step: int) -> None:
+    def _clock(self, event: dict[str, Any], step: int) -> None:
+        mono, samples = number(event.get("mono")), number(event.get("samples"))
+        if mono is not None and samples is not None:
+            self._first = min(self._first or (mono, step, samples), (mono, step, samples))
+            self._last = max(self._last or (mono, step, samples), (mono, step, samples))
+
+    def _log(self, event: dict[str, Any], source: str, moment: Moment, wall: float) -> None:
         values = event.get("values")
-        wall = number(event.get("wall")) or 0.0
-        count = int(number(event.get("count")) or 1)
         for name, raw in values.items() if isinstance(values, dict) else ():
             value = number(raw)
             if value is not None:
-                series = self._series.setdefault(name, _Series())
-                series.add(str(event.get("name")), step, value, weight_of(event), wall, count)
+                self._series.setdefault(name, _Series()).add(source, moment, value, weight_of(event), wall)
 
 
 class _File:
@@ -167,57 +218,72 @@ class _Sum:
         return self.total / self.weight if self.weight else self.plain / self.lines
 
 
+@dataclass(slots=True)
+class _Rank:
+    """What was read of one process.
+
+    Attributes:
+        newest: The newest moment of any of its events.
+        epoch: That it trains in; -1 before it does.
+        over: It has said its last word.
+    """
+
+    newest: Moment = (0, 0)
+    epoch: int = -1
+    over: bool = False
+
+
 @dataclass
 class _Series:
-    """One name: open steps, the newest step of each rank, and what is known of the steps already closed."""
+    """One name.
 
-    open: dict[int, _Sum] = field(default_factory=dict)
-    newest: dict[str, tuple[int, float]] = field(default_factory=dict)
-    span: int = 1
-    closed: Summary | None = None
+    Attributes:
+        lines: By the moment at which they end, then by process: its lines.
+        walls: When the first line of a moment was written.
+        newest, oldest: The last and the first moment of each process.
+    """
 
-    def add(self, source: str, step: int, value: float, weight: float, wall: float, count: int) -> None:
-        if step not in self.open:
-            self._make_room()
-        self.open.setdefault(step, _Sum()).add(value, weight)
-        self.newest[source] = max((step, wall), self.newest.get(source, (step, wall)))
-        self.span = count
+    lines: dict[Moment, dict[str, _Sum]] = field(default_factory=dict)
+    walls: dict[Moment, float] = field(default_factory=dict)
+    newest: dict[str, Moment] = field(default_factory=dict)
+    oldest: dict[str, Moment] = field(default_factory=dict)
 
-    def latest(self) -> float:
-        now = max(wall for _, wall in self.newest.values())
-        reached = min(step for step, wall in self.newest.values() if wall >= now - _RECENT)
-        steps = sorted(step for step in self.open if step <= reached) or sorted(self.open)[:1]
-        taken = _Sum()
-        for step in steps:
-            if step > steps[-1] - self.span:
-                taken.join(self.open[step])
-        return taken.mean
+    def add(self, source: str, moment: Moment, value: float, weight: float, wall: float) -> None:
+        if moment not in self.lines and len(self.lines) >= _STEPS:
+            first = next(iter(self.lines))  # the one opened first: the lowest but for late lines
+            del self.lines[first], self.walls[first]
+        self.lines.setdefault(moment, {}).setdefault(source, _Sum()).add(value, weight)
+        self.walls.setdefault(moment, wall)
+        self.newest[source] = max(moment, self.newest.get(source, moment))
+        self.oldest.setdefault(source, moment)
 
-    def summary(self) -> Summary:
-        known = self.closed
-        for step in sorted(self.open):
-            known = _extended(known, step, self.open[step].mean)
-        assert known is not None
-        return known
+    def latest(self, ranks: Mapping[str, _Rank], wall: float) -> float | None:
+        """At the newest moment that all `ranks` have said their part of; `wall` is the time of the newest event of all."""
+        for moment in sorted(self.lines, reverse=True):
+            late = wall - self.walls[moment] > _PATIENCE
+            if all(self._is_whole(moment, name, rank, late) for name, rank in ranks.items()):
+                return self.mean(moment)
+        return None
 
-    def _make_room(self) -> None:
-        while len(self.open) >= _STEPS:
-            step = next(iter(self.open))  # the one opened first: the lowest but for late lines
-            self.closed = _extended(self.closed, step, self.open.pop(step).mean)
+    def until(self, epoch: int) -> float | None:
+        """At the last moment of an epoch that has ended, or before."""
+        moments = [moment for moment in self.lines if moment[0] <= epoch]
+        return self.mean(max(moments)) if moments else None
 
+    def _is_whole(self, moment: Moment, name: str, rank: _Rank, late: bool) -> bool:
+        """The process has said its part of `moment`, or goes on, or has ended, without one."""
+        if name in self.lines[moment]:
+            return True
+        if self.newest.get(name, moment) > moment:  # its part is in a longer line
+            return False
+        return late or rank.over or rank.newest > moment
 
-def _extended(known: Summary | None, step: int, mean: float) -> Summary:
-    """The summary with one step more. NaN is neither lowest nor highest, but may be the last."""
-    if known is None:
-        return Summary(mean, mean, mean, mean, step, step, 1)
-    lower = mean < known.lowest or math.isnan(known.lowest)
-    higher = mean > known.highest or math.isnan(known.highest)
-    return Summary(
-        first=known.first,
-        last=mean,
-        lowest=mean if lower else known.lowest,
-        highest=mean if higher else known.highest,
-        lowest_step=step if lower else known.lowest_step,
-        highest_step=step if higher else known.highest_step,
-        steps=known.steps + 1,
-    )
+    def mean(self, moment: Moment) -> float:
+        """The mean over all processes that have a line which ends at `moment`, since the cut before it that they share."""
+        sources, total = self.lines[moment].keys(), _Sum()
+        for there in sorted(self.lines, reverse=True):
+            if there < moment and all(name in self.lines[there] or self.oldest[name] > there for name in sources):
+                break
+            for name in sources & self.lines[there].keys() if there <= moment else ():
+                total.join(self.lines[there][name])
+        return total.mean

@@ -27,8 +27,9 @@ from torch import Tensor
 from paceline.terms.errors import FileError
 from paceline.terms.event import Event, Sink
 from paceline.train import tree as trees
-from paceline.train.checkpoint_files import FORMAT, VERSION, Policy
+from paceline.train.checkpoint_files import Policy
 from paceline.train.checkpoint_writer import Writing
+from paceline.train.manifest import FORMAT, VERSION
 
 Right = tuple[int, ...]
 """Attempt and epoch of the group: who has the greater one may publish."""

@@ -32,6 +32,7 @@ from typing import Any
 
 from paceline.terms.errors import FileError
 from paceline.train import checkpoint_files as files
+from paceline.train.manifest import seal
 from paceline.train.state import DTYPES
 
 LATEST = "LATEST"
@@ -213,7 +214,7 @@ class Writing:
         if (newer := _right_of(self._root)) > self._right:
             raise Refused(f"epoch {newer[-1]} has published a checkpoint, this one is of epoch {self._right[-1]}")
         manifest = json.dumps(self._manifest, allow_nan=False).encode()
-        _replace(self._temporary / files.MANIFEST, files.seal(manifest))
+        _replace(self._temporary / files.MANIFEST, seal(manifest))
         _sync(self._temporary)
         path = self._named()
         self._temporary.rename(path)

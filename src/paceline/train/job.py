@@ -341,7 +341,8 @@ class Job:
         Under N ranks what is shown is the mean over ranks, weighted by rows (or by ``job.weight``).
         """
         if self._place.launcher == "paceline":
-            self._sink(Event("log", self._loop.steps, {"values": values, "weight": self._loop.log_weight}))
+            about = {"weight": self._loop.log_weight, "epoch": self._loop.epoch}
+            self._sink(Event("log", self._loop.steps, {"values": values, **about}))
         else:
             self._diary.note(values, self._loop.clock)
 

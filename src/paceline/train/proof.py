@@ -24,13 +24,16 @@ from paceline.train.attempts import Lines, earlier, joined
 Span = tuple[int, int]
 
 
-def verify(run_dir: Path) -> list[str]:
+def verify(run_dir: Path, *, alive: bool = False) -> list[str]:
     """Check the ledger of a run; the list of what is wrong, empty when everything is proved.
+
+    Args:
+        alive: The run goes on: its ranks need not have come equally far.
 
     Raises:
         FileError: There is no ledger, or a line cannot be read (PL603).
     """
-    return problems(load(run_dir))
+    return problems(load(run_dir), alive=alive)
 
 
 def load(run_dir: Path) -> Lines:
@@ -103,9 +106,11 @@ class Story:
         return self.members[max(self.members)] if self.members else list(self.last)
 
 
-def problems(ledgers: Lines) -> list[str]:
+def problems(ledgers: Lines, *, alive: bool = False) -> list[str]:
     """The proof itself, on lines in memory. Pure."""
     story = _read(ledgers)
+    if alive:
+        story.last.clear()
     return [*story.out_of_turn, *_steps(story), *_orders(ledgers, story), *_cover(ledgers, story)]
 
 

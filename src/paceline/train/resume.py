@@ -18,7 +18,8 @@ from torch import Tensor
 
 from paceline.terms.errors import FileError, PacelineError
 from paceline.train import tree as trees
-from paceline.train.checkpoint_files import CHECKPOINTS, Checkpoint, candidates, locate, names, newest_valid
+from paceline.train.checkpoint_files import CHECKPOINTS, Checkpoint, candidates, locate, newest_valid
+from paceline.train.manifest import names
 from paceline.train.tree import Things
 
 _SECTIONS = ("models", "optimizers", "schedulers", "scalers", "kept")

@@ -6,10 +6,11 @@ The user's surface is :func:`job` and :func:`launch`; everything else hangs on t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's own takes ten milliseconds, in which nobody would mind Ctrl-C
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from paceline.exchange.chain import Exchange
     from paceline.terms.errors import PacelineError
     from paceline.train.job import Job

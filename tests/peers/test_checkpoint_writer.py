@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from paceline.terms.errors import AdoptError
 from paceline.terms.event import Event
 from paceline.train.checkpoint import Checkpointer, Plan
 from paceline.train.checkpoint_files import Checkpoint, Policy, newest_valid
@@ -399,3 +400,18 @@ def test_by_the_clock(tmp_path: Path) -> None:
         began = time.monotonic()
         loop.until("save", 2)
         assert time.monotonic() - began >= 2.0
+
+
+def test_what_cannot_be_saved_ends_the_run_at_once_or_not_at_all(tmp_path: Path) -> None:
+    with training(tmp_path, "every=1,busy=wait") as loop:
+        whole = loop.checkpointer._capture
+        loop.checkpointer._capture = lambda: {"kept": {"odd": {1, 2}}}
+        with pytest.raises(AdoptError, match=r"kept/odd is a builtins\.set"):
+            loop.steps(2)
+        loop.checkpointer._capture = whole
+        loop.until("save")
+        loop.checkpointer._capture = lambda: {"kept": {"odd": {1, 2}}}
+        assert loop.until("notice").data["code"] == "PL612"
+        loop.checkpointer._capture = whole
+        loop.until("save")
+        loop.whole()

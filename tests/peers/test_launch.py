@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -243,6 +244,33 @@ def test_a_signal_to_the_launcher(number: int, code: int, tmp_path: Path) -> Non
     record = read(tmp_path / "r" / "run.json")
     assert isinstance(record, dict)
     assert (record["state"], record["exit_code"]) == ("stopped", code)
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6])
+def test_ctrl_c_while_it_starts(moment: float, tmp_path: Path) -> None:
+    """The whole process group gets it, as from a terminal, at whatever a fresh process does at that time."""
+    script = write(tmp_path, "import torch, signal\nprint('ready')\nsignal.pause()\n")
+    command = [sys.executable, "-m", "paceline", "run", script, "-n", "2", "--run-dir", "r"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        time.sleep(moment)
+        os.killpg(process.pid, signal.SIGINT)
+        text, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.communicate()
+    if "paceline" not in text and not (tmp_path / "r").exists():
+        return  # the interpreter itself was starting: it is Python that was interrupted
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
+    assert "error[" not in text
+    if (tmp_path / "r" / "run.json").exists():
+        record = read(tmp_path / "r" / "run.json")
+        assert isinstance(record, dict)
+        assert (record["state"], record["exit_code"]) == ("stopped", 130)
+        assert text.splitlines()[-1].endswith("· r") or text.splitlines()[-1] == "interrupted"
 
 
 def test_three_times_ctrl_c_ends_what_does_not_want_to(tmp_path: Path) -> None:

@@ -381,7 +381,12 @@ def test_lines_of_different_lengths_are_taken_together_from_cut_to_cut(tmp_path:
 def test_ranks_that_merge_differently_are_never_compared_over_different_steps(tmp_path: Path) -> None:
     """One rank logs 0 and the other 1, so every mean over equal steps is a half."""
     values, shown = Values(tmp_path, 2), 0
-    sinks = [writer(tmp_path / f"worker-{rank}.jsonl", name=f"worker-{rank}") for rank in range(2)]
+    sinks = [
+        EventWriter(tmp_path / f"worker-{rank}.jsonl", name=f"worker-{rank}", incarnation="0" * 32) for rank in range(2)
+    ]
+    for sink in sinks:
+        sink(Event("start"))
+        sink.flush()
     for step in range(1, 1200):
         for rank, sink in enumerate(sinks):
             about = {"values": {"loss": rank}, "weight": 1.0 + step, "epoch": step // 100}

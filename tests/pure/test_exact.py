@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paceline.data.split import share, turns
+from paceline.exchange import exact
 from paceline.exchange.exact import LIMIT, MOST_SHARDS, fits, fold, mean, total
 from paceline.exchange.recipes import ddp
 from paceline.exchange.simulate import simulate
@@ -53,15 +54,22 @@ def test_any_order_and_any_grouping_give_the_same_bits(
     assert torch.equal(total(sums_of(groups)), want)
 
     truth = [sum(map(Fraction, column), Fraction()) for column in torch.stack(terms).double().T[:20].tolist()]
-    for exact, got in zip(truth, want.tolist(), strict=False):
-        allowed = count * Fraction(2) ** -65 + abs(exact) * Fraction(2) ** -53
-        assert abs(Fraction(got) - exact) <= allowed
+    for right, got in zip(truth, want.tolist(), strict=False):
+        allowed = count * Fraction(2) ** -65 + abs(right) * Fraction(2) ** -53
+        assert abs(Fraction(got) - right) <= allowed
 
 
 def test_gradients_of_usual_size_lose_nothing() -> None:
     terms = [torch.randn(1000) for _ in range(8)]
     want = [math.fsum(column) for column in torch.stack(terms).double().T.tolist()]
     assert total(sums_of([terms])).tolist() == want
+
+
+def test_c_and_python_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = terms_of(torch.Generator().manual_seed(1), 8, torch.float32)
+    with_c = sums_of([terms])
+    monkeypatch.setattr(exact, "_kernel", lambda: None)
+    assert torch.equal(with_c.view(torch.int64), sums_of([terms]).view(torch.int64))
 
 
 def test_worst_case_stays_exact() -> None:

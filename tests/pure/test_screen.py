@@ -42,9 +42,10 @@ def shown(strips: Sequence[Strip]) -> list[str]:
 
 
 def metered(snapshots: Sequence[Snapshot], now: float) -> Meter:
-    """Two seconds in which the ranks came from nothing to what they are."""
+    """A start, a first step of no rows, and two seconds in which the ranks came from there to what they are."""
     meter = Meter()
-    meter.see([snapshot(s.rank, Phase.STARTING) for s in snapshots], now - 2)
+    meter.see([snapshot(s.rank, Phase.STARTING) for s in snapshots], now - 9)
+    meter.see([snapshot(s.rank, Phase.STARTING, step=min(s.step, 1)) for s in snapshots], now - 2)
     meter.see(snapshots, now)
     return meter
 
@@ -59,7 +60,7 @@ def test_a_rank_has_a_line_with_shares_phase_and_place() -> None:
         snapshot(1, Phase.WAIT, since=8.0, what="backward, bucket 1/2", waits_for=(0,), step=20, spent=SPENT),
     ]
     lines = shown(region(ranks, {"loss": 0.31213}, metered(ranks, 10.0), now=10.0, width=120, height=10))
-    assert lines[0] == "step 20 · epoch 3 · 320 samples/s · 100 ms/step · loss 0.3121"
+    assert lines[0] == "step 20 · epoch 3 · 320 samples/s · 105 ms/step · loss 0.3121"
     assert lines[1].startswith("rank 0 ████████████▓▓▓▓▓▓░░░░░░  has ended")
     assert "waits 2.0 s for rank 0: backward" in lines[2]
     assert lines[2].rstrip().endswith("train.py:31 in train")
@@ -114,6 +115,18 @@ def test_rates_are_not_guessed() -> None:
     assert headline(meter.progress(), {}) == "step 0 · epoch 0"
 
 
+def test_a_rate_begins_with_the_first_step_and_ends_with_the_last() -> None:
+    """Neither the start nor a step that is not over is in it."""
+    meter = Meter()
+    for tenth in range(200):  # four seconds to the first step, then a step every three seconds
+        meter.see([snapshot(0, step=max(0, tenth - 10) // 30, rows=max(0, tenth - 10) // 30 * 60)], tenth / 10)
+        rate = meter.progress().seconds_per_step
+        assert rate == (None if tenth < 70 else pytest.approx(3.0)), tenth
+        assert meter.progress().samples_per_second == (None if tenth < 70 else pytest.approx(20.0))
+    meter.see([snapshot(0, step=6, rows=360)], 40.0)
+    assert meter.progress().seconds_per_step is None  # nothing moves any more
+
+
 def test_a_replacement_has_a_line_at_once_and_shares_when_it_was_seen_twice() -> None:
     meter = Meter()
     meter.see([snapshot(0), snapshot(1)], 10.0)
@@ -158,6 +171,30 @@ def test_without_a_terminal_lines_and_now_and_then_progress() -> None:
     assert [line.split(" · ")[0] for line in lines[1:-1]] == ["step 0", "step 1"]  # no line where nothing has changed
     assert lines[1].endswith("loss 0.5")
     assert err.getvalue() == "[0] \x1b[31mred\x1b[0m bell\n"
+
+
+def test_an_epoch_that_ends_is_told_but_not_more_than_one_a_second_and_always_the_last() -> None:
+    out, clock = io.StringIO(), Clock()
+    screen = Screen(1, mode="plain", out=out, clock=clock)
+    for tenth in range(25):
+        clock.now = tenth / 10
+        screen.epoch(tenth, 3 * tenth, {"loss": 0.5})
+        screen.update([snapshot(0, step=3 * tenth)], {"loss": 0.5}, clock.now)
+    screen.finish(["done"])
+    lines = out.getvalue().splitlines()
+    assert [line.split(" · ")[:2] for line in lines[:-1]] == [
+        [f"epoch {e} done", f"step {3 * e}"] for e in (0, 10, 20, 24)
+    ]
+    assert all(line.endswith("loss 0.5") for line in lines[:-1])
+
+
+def test_an_epoch_as_json() -> None:
+    out = io.StringIO()
+    screen = Screen(1, mode="json", out=out, clock=Clock())
+    screen.epoch(4, 30, {"loss": 0.25})
+    screen.finish([])
+    told = json.loads(out.getvalue().splitlines()[0])
+    assert told == {"kind": "epoch", "epoch": 4, "step": 30, "samples_per_second": None, "values": {"loss": 0.25}}
 
 
 def test_a_silent_run_says_now_and_then_where_it_is() -> None:

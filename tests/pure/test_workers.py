@@ -100,7 +100,7 @@ def test_a_page_begins_anew_for_another_process() -> None:
         activity.register(7)
         activity.progress(5, 1, 64)
         activity.enter(Phase.WAIT, "backward", 0b101)
-        activity.beat("train.py:3")
+        activity.beat("train.py:3", 0)
     board.clear(1)
     assert board.read(1) == fresh
     assert [board.read(slot).pid for slot in range(3)] == [7, 0, 7]

@@ -15,14 +15,19 @@ Summation*, ARITH 2013.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from paceline.exchange.link import Message, State
 from paceline.terms.bucket import Bucket
+from paceline.terms.errors import WireError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from paceline.group.kernel import Kernel
 
 SHARDS = 8
 MOST_SHARDS = 64
@@ -46,11 +51,17 @@ def fold(terms: Tensor, sums: Tensor, *, first: bool) -> None:
     """Add `terms` to `sums`, exactly.
 
     Args:
-        terms: 1-D, `n` elements, all of which fit.
+        terms: 1-D and contiguous, `n` elements, all of which fit.
         sums: `2 n` elements of float64: the high words, then the low ones.
         first: These are the first terms: what is in `sums` is forgotten.
     """
+    import torch
+
     high, low = sums.view(2, -1)
+    if terms.dtype is torch.float32 and terms.device.type == "cpu" and (kernel := _kernel()) is not None:
+        addresses = (terms.data_ptr(), high.data_ptr(), low.data_ptr())
+        kernel.fold(*addresses, terms.numel(), _HIGH, _LOW, first)
+        return
     for at in range(0, terms.numel(), _CHUNK):
         some = slice(at, at + _CHUNK)
         rest = terms[some].to(sums.dtype, copy=True)
@@ -62,6 +73,16 @@ def fold(terms: Tensor, sums: Tensor, *, first: bool) -> None:
         else:
             high[some] += whole
             low[some] += rest
+
+
+@cache
+def _kernel() -> Kernel | None:
+    """The same in C, with the same bits, where there is a compiler: one pass over memory instead of nine."""
+    from paceline.group import kernel
+
+    with suppress(WireError):
+        return kernel.load()
+    return None
 
 
 def total(sums: Tensor) -> Tensor:

@@ -279,3 +279,24 @@ EXPORT int64_t pl_missing(const pl_wire *w, const pl_buffer *b) {
     if (load(sheet(b, r) + (b->stage == STARTED ? READY : DONE)) < b->count) mask |= (int64_t)1 << r;
   return mask;
 }
+
+/* Add fixed-point numbers of two words: exchange/exact.py says what for. No step rounds but the two that cut. */
+FAST static void fold(const float *x, double *high, double *low, int64_t n, double cut_high, double cut_low) {
+  for (int64_t i = 0; i < n; i++) {
+    const double t = ((double)x[i] + cut_low) - cut_low, h = (t + cut_high) - cut_high;
+    high[i] += h;
+    low[i] += t - h;
+  }
+}
+
+FAST static void fold_first(const float *x, double *high, double *low, int64_t n, double cut_high, double cut_low) {
+  for (int64_t i = 0; i < n; i++) {
+    const double t = ((double)x[i] + cut_low) - cut_low, h = (t + cut_high) - cut_high;
+    high[i] = h;
+    low[i] = t - h;
+  }
+}
+
+EXPORT void pl_fold(const float *x, double *high, double *low, int64_t n, double cut_high, double cut_low, int32_t first) {
+  (first ? fold_first : fold)(x, high, low, n, cut_high, cut_low);
+}

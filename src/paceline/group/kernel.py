@@ -72,6 +72,7 @@ class Kernel:
     serve: Callable[[int], int]
     wait: Callable[[int, int, int], int]
     missing: Callable[[int, int], int]
+    fold: Callable[[int, int, int, int, float, float, int], None]
 
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -85,6 +86,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "serve": (_I32, (_P,)),
     "wait": (_I32, (_P, _P, _I64)),
     "missing": (_I64, (_P, _P)),
+    "fold": (None, (_P, _P, _P, _I64, _D, _D, _I32)),
 }
 
 

@@ -178,7 +178,7 @@ def spawn(
     number: int = -1,
     slot: int = -1,
 ) -> Child:
-    """Start one process.
+    """Start one process. SIGINT is blocked in it: one that comes early waits until the process is ready for it.
 
     Args:
         command: The interpreter and its arguments.
@@ -192,6 +192,7 @@ def spawn(
     """
     life_reader, life_writer = os.pipe()
     report_reader, report_writer = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         variables = handoff(life_reader, report_writer)
         popen = subprocess.Popen(
@@ -209,6 +210,7 @@ def spawn(
         os.close(report_reader)
         raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(life_reader)
         os.close(report_writer)
     child = Child(name, incarnation, number, slot, popen, os.pidfd_open(popen.pid), report_reader, life_writer)

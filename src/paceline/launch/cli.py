@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PacelineError as error:
         return _refuse(error, _wants_json(arguments))
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `paceline logs RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -101,6 +101,8 @@ class Rank:
         """The board says FINISHED before the wire is closed: who misses this rank then knows why."""
         session = self._session
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see ``child.spawn``
             self._work()
             session.activity.enter(Phase.FINISHED)
             session.finish()

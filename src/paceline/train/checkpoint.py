@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paceline.terms.errors import FileError
+from paceline.terms.errors import AdoptError, FileError
 from paceline.terms.event import Event, Sink
 from paceline.train import tree as trees
 from paceline.train.checkpoint_files import Policy
@@ -95,7 +95,11 @@ class Checkpointer:
 
     # ---- between steps --------------------------------------------------------------------------------------------
     def at_boundary(self, step: int, lead: bool) -> None:
-        """Called between two steps, `step` of which are done. Everything but a due checkpoint's copy takes microseconds."""
+        """Called between two steps, `step` of which are done. Everything but a due checkpoint's copy takes microseconds.
+
+        Raises:
+            AdoptError: PL612, at the first step: the state holds something that cannot be saved.
+        """
         self._due = self._is_due(step) or (self._due and lead)
         if not lead:
             self.stand_down()
@@ -140,7 +144,12 @@ class Checkpointer:
                 return
             self._wait(PATIENCE)
         began = time.monotonic()
-        plan = self._plan(step)
+        try:
+            plan = self._plan(step)
+        except AdoptError as error:  # at the first step it ends the run, later it must not
+            self._due = False
+            self._say(step, f"no checkpoint of step {step}: {error.message}", error.code)
+            return
         if self._writer is None or not self._writer.holds(plan.nbytes):
             self._prepare(plan)
             return
@@ -203,8 +212,8 @@ class Checkpointer:
         which = f"the checkpoint of step {step}" if step else "a checkpoint"
         self._say(step, f"{which} could not be saved: {why}; training goes on")
 
-    def _say(self, step: int, message: str) -> None:
-        self._sink(Event("notice", step, {"code": "PL611", "message": message}))
+    def _say(self, step: int, message: str, code: str = "PL611") -> None:
+        self._sink(Event("notice", step, {"code": code, "message": message}))
 
     def _wait(self, seconds: float) -> None:
         """Until nothing is in flight, or memory is allocated."""

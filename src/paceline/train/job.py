@@ -90,9 +90,8 @@ class Job:
         self._neighbours = tuple(f"worker-{rank}" for rank in range(place.local_size))  # the ranks of this host
         hands = Hands(self._move, lambda: self._stepper, self._saving.capture, self._restore, self._divide_anew)
         self._members = Members(reunion, place.joins, self._loop, ledger, sink, hands) if reunion is not None else None
-        lost = self._members.lost_in_optimizer if self._members is not None else None
         one_host = reunion is not None and reunion.one_host
-        self._steps = OwnedSteps(self._loop, activity, self._step_without_loader, lost, one_host)
+        self._steps = OwnedSteps(self._loop, activity, self._step_without_loader, self._members, one_host)
         self._loop.on_step_end = lambda: self._saving.step_ended(self.main)
         self._finished = False
 

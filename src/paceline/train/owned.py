@@ -20,6 +20,7 @@ from paceline.terms.activity import Activity
 from paceline.terms.errors import AdoptError, StepError, UsageError
 from paceline.train.divided import DividedStep, worthwhile
 from paceline.train.loop import Loop
+from paceline.train.members import Members
 from paceline.train.step import Stepper
 
 
@@ -39,7 +40,7 @@ class OwnedSteps:
         loop: Where the job stands.
         activity: Where waiting is shown.
         before: Called first in each step of a loop that has no adopted loader.
-        on_lost: In an elastic run, called when a member is lost while an optimizer steps.
+        members: Of an elastic run; told when one is lost while an optimizer steps.
         one_host: Members of an elastic run will always share memory.
     """
 
@@ -48,11 +49,12 @@ class OwnedSteps:
         loop: Loop,
         activity: Activity,
         before: Callable[[], None],
-        on_lost: Callable[[], None] | None,
+        members: Members | None,
         one_host: bool,
     ) -> None:
         self._one_host = one_host
-        self._loop, self._activity, self._before, self._on_lost = loop, activity, before, on_lost
+        self._loop, self._activity, self._before = loop, activity, before
+        self._on_lost = members.lost_in_optimizer if members is not None else None
         self._stepper: Stepper | None = None
         self._divided: dict[Optimizer, DividedStep] = {}
         self._owners: dict[Optimizer, _Owners] = {}

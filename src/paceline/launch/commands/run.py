@@ -280,18 +280,22 @@ def execute(
     from paceline.launch.signals import ALL
 
     began = time.monotonic()
-    run = RunDirectory.create(path, plan, _record(plan))
-    allow_files(max(plan.processes, plan.workers_max))
     console = Console(plan, path, as_json)
+    allow_files(max(plan.processes, plan.workers_max))
+    run = RunDirectory.create(path, plan, _record(plan))
     run.complain = lambda text: console.say([text])
     order = Order(plan, bool(plan.strategy), hang_after=hang_after, listen=listen, host=host)
     launcher = Launcher(order, console, run, ALL)
     try:
         outcome = launcher.execute(started=lambda: _after_start(run, console))
-        console.conclude(outcome, time.monotonic() - began)
     except PacelineError:
         run.update(state="failed", exit_code=2, ended=now_text())
         raise
+    except KeyboardInterrupt:  # before the launcher catches signals
+        run.update(state="stopped", exit_code=130, ended=now_text())
+        raise
+    else:
+        console.conclude(outcome, time.monotonic() - began)
     finally:
         console.close()
     return outcome.exit_code

@@ -18,6 +18,7 @@ BENCHMARKS = {  # name: file, and what makes it quick
     "plain": ("plain_bench.py", "--quick"),
     "start": ("start_bench.py", "--quick"),
     "elastic": ("elastic_bench.py", "--quick"),
+    "checkpoint": ("checkpoint_bench.py", "--quick"),
     "network": ("network_bench.py", "--quick"),
 }
 

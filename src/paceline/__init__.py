@@ -32,14 +32,17 @@ def job(strategy: str | Exchange | None = None) -> Job:
     return session.current().job(strategy)
 
 
-def launch(fn: Callable[..., Any], n: int, *, strategy: str = "ddp()", **arguments: Any) -> list[Any]:
-    """Run ``fn(**arguments)`` on `n` fresh processes of this machine and return their results, by rank.
+def launch(
+    fn: Callable[..., Any], *processes: int, n: int | None = None, strategy: str = "ddp()", **arguments: Any
+) -> list[Any]:
+    """``launch(fn, n=4, path="x.pt")``: run ``fn(path="x.pt")`` on 4 fresh processes and return their results, by rank.
 
     Args:
         fn: A function at the top level of a module or script. It is found again by name; nothing is pickled.
-        n: Number of processes.
+        processes: `n`, where it is given without its name. Nothing else has none.
+        n: Number of processes, on this machine.
         strategy: Strategy text.
-        arguments: JSON values.
+        arguments: Of `fn`, by name: JSON values.
 
     Raises:
         UsageError: The function cannot be launched (PL108), or the number or the strategy is refused.
@@ -47,7 +50,7 @@ def launch(fn: Callable[..., Any], n: int, *, strategy: str = "ddp()", **argumen
     """
     from paceline.launch.function import launch_function
 
-    return launch_function(fn, n, strategy=strategy, arguments=arguments)
+    return launch_function(fn, processes, n, strategy=strategy, arguments=arguments)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,9 @@
 """What the command ``paceline`` starts. Ctrl-C is minded from here on, before anything slow is loaded."""
 
+import os
 import sys
+
+INTERRUPTED = 130
 
 
 def main() -> int:
@@ -8,10 +11,19 @@ def main() -> int:
     try:
         from paceline.launch import cli
 
-        return cli.main()
+        code = cli.main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        # Python remembers a Ctrl-C that hit code made from text, as dataclasses are, and would end itself by a signal.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                pass  # nobody reads any more
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

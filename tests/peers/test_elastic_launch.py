@@ -223,7 +223,9 @@ def test_who_never_took_part_does_not_keep_the_run_alive(tmp_path: Path) -> None
     """The replacement waits to be let in; the others come to their end."""
     script = write(
         tmp_path,
-        WAITS + "signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))\nprint(f'waits {place.name}.')\n"
+        WAITS + "from paceline.terms.activity import Phase\n"
+        "def ends(*_): current().activity.enter(Phase.FINISHED); os._exit(0)\n"
+        "signal.signal(signal.SIGUSR1, ends)\nprint(f'waits {place.name}.')\n"
         "while True: signal.pause()\n",
     )
     with running(script, "-n", "2", "--workers", "1:2", "--run-dir", "r", cwd=tmp_path) as run:

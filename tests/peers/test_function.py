@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import linecache
 import os
 import signal
@@ -113,6 +115,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "a closure": lambda: describe(_a_closure(), {}),
     "a bound method": lambda: describe([].append, {}),
     "an argument that is no JSON value": lambda: describe(here, {"x": object()}),
+    "an argument without a name": lambda: paceline.launch(fail_on, "x.pt", n=2),  # type: ignore[arg-type]
+    "no number": lambda: paceline.launch(fail_on),
     "no processes": lambda: paceline.launch(here, 0),
     "an unknown strategy": lambda: paceline.launch(here, 1, strategy="dpp()"),
 }
@@ -123,6 +127,15 @@ def test_what_cannot_be_launched_is_refused_before_anything_starts(attempt: Call
     with pytest.raises(UsageError) as refused:
         attempt()
     assert refused.value.code in ("PL103", "PL108", "PL201")
+
+
+def test_how_it_is_called_is_told() -> None:
+    with pytest.raises(UsageError, match="arguments of fail_on are given by name") as refused:
+        paceline.launch(fail_on, "x.pt", n=2)  # type: ignore[arg-type]
+    assert refused.value.help == "paceline.launch(fail_on, n=2, rank='x.pt')"
+    for launch in (paceline.launch, importlib.import_module("paceline.launch")):
+        assert list(inspect.signature(launch).parameters) == ["fn", "processes", "n", "strategy", "arguments"]  # type: ignore[arg-type]
+        assert 'launch(fn, n=4, path="x.pt")' in str(launch.__doc__)
 
 
 def test_ctrl_c_ends_the_ranks_and_is_passed_on() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -250,7 +249,7 @@ def test_a_signal_to_the_launcher(number: int, code: int, tmp_path: Path) -> Non
 def test_ctrl_c_while_it_starts(moment: float, tmp_path: Path) -> None:
     """The whole process group gets it, as from a terminal, at whatever a fresh process does at that time."""
     script = write(tmp_path, "import torch, signal\nprint('ready')\nsignal.pause()\n")
-    command = [sys.executable, "-m", "paceline", "run", script, "-n", "2", "--run-dir", "r"]
+    command = [*CLI, "run", script, "-n", "2", "--run-dir", "r"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -271,6 +270,19 @@ def test_ctrl_c_while_it_starts(moment: float, tmp_path: Path) -> None:
         assert isinstance(record, dict)
         assert (record["state"], record["exit_code"]) == ("stopped", 130)
         assert text.splitlines()[-1].endswith("· r") or text.splitlines()[-1] == "interrupted"
+
+
+def test_what_an_interrupted_import_fails_with_is_nobodys_failure(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        RANK + "import signal\nprint('ready')\ntry: signal.pause()\n"
+        "except KeyboardInterrupt: raise RecursionError('of numpy') from None\n",
+    )
+    with running(script, "-n", "2", cwd=tmp_path) as run:
+        run.until("[0-1] ready")
+        run.launcher.send_signal(signal.SIGINT)
+        assert run.end() == 130, run.text
+    assert "error[" not in run.text
 
 
 def test_three_times_ctrl_c_ends_what_does_not_want_to(tmp_path: Path) -> None:
@@ -313,7 +325,7 @@ def test_stop_does_not_hit_a_stranger(tmp_path: Path) -> None:
     (run / "processes.json").write_text(json.dumps([entry]))
     done = run_paceline("stop", "dead", cwd=tmp_path)
     assert done.returncode == 2
-    assert "another process by now" in done.stderr
+    assert "the launcher of this run was killed; its state was never written" in done.stderr
 
 
 def test_nobody_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
@@ -333,6 +345,19 @@ def test_nobody_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
         run.launcher.kill()
         run.launcher.wait()
         assert gone(pids)
+
+
+def test_whoever_reads_of_a_launcher_that_was_killed_is_told(tmp_path: Path) -> None:
+    with running(write(tmp_path, WAITS), "--name", "mine", cwd=tmp_path) as run:
+        run.until("ready")
+        assert "note:" not in run_paceline("logs", "mine", cwd=tmp_path).stderr
+        run.launcher.kill()
+        run.launcher.wait()
+    told = "runs/mine: the launcher of this run was killed; its state was never written"
+    for verb, code in ((("stop",), 2), (("logs",), 0), (("hash",), 2)):
+        done = run_paceline(*verb, "mine", cwd=tmp_path)
+        assert (done.returncode, told in done.stderr) == (code, True), show(done)
+    assert "what its ranks have printed" in run_paceline("stop", "mine", cwd=tmp_path).stderr
 
 
 def test_children_of_a_rank_end_with_it(tmp_path: Path) -> None:

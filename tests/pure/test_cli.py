@@ -78,6 +78,7 @@ REFUSALS = {
     "a flag of the script": (["run", "x.py", "--epochs", "3"], "PL105", "after `--`"),
     "no script": (["run"], "PL101", "train.py"),
     "a missing script": (["run", "nowhere.py"], "PL101", "help"),
+    "a script with another name": (["run", "okk.py"], "PL101", "did you mean ok.py?"),
     "a directory": (["run", "."], "PL101", "help"),
     "broken Python": (["run", "broken.py"], "PL110", "line 1"),
     "no processes": (["run", "ok.py", "-n", "0"], "PL103", "1 to"),
@@ -146,6 +147,8 @@ def test_a_name_that_resembles_a_run_is_corrected(somewhere: Path, capsys: pytes
     (run / "run.json").write_text("{}")
     assert main(["logs", "digit"]) == 2
     assert "did you mean digits?" in capsys.readouterr().err
+    assert main(["hash", "nope"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_the_reader_may_leave_first() -> None:

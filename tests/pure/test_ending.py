@@ -74,6 +74,8 @@ def test_sigterm_has_a_deadline() -> None:
 def test_a_script_that_is_not_in_its_loop_is_interrupted_like_plain_python() -> None:
     ending = Ending()
     assert Signal(INT, alone=True) in ending.signalled(INT, 1.0, in_loop=False)
+    assert ending.failed(1, 1.1) == []  # an import that is interrupted raises anything
+    assert ending.ours
     assert kinds(ending.tick(1.0 + ends.KEYBOARD_GRACE)) == [Abort]
 
 

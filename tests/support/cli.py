@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-CLI = (sys.executable, "-m", "paceline.launch.cli")
+CLI = (sys.executable, "-m", "paceline")
 
 
 def run_paceline(

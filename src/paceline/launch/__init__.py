@@ -1,4 +1,7 @@
-"""Where am I, who starts me. The door (``cli``), the launcher (``local``), the bootstrap of a rank (``worker``).
+"""``paceline.launch(fn, n=4, path="x.pt")`` runs ``fn(path="x.pt")`` on 4 fresh processes and returns their results, by rank.
+
+`fn` is a function at the top level of a module or script, and its arguments are JSON values, given by name. This is also the
+package of all that starts processes: where am I, who starts me. The door (``cli``), the launcher (``local``), the bootstrap of a rank (``worker``).
 
 The only room that reads the environment, and the only one that imports the observer.
 
@@ -18,11 +21,13 @@ from typing import Any
 class _Launch(ModuleType):
     """This package. See Note [two things, one name]."""
 
-    def __call__(self, fn: Callable[..., Any], n: int, *, strategy: str = "ddp()", **arguments: Any) -> list[Any]:
+    def __call__(
+        self, fn: Callable[..., Any], *processes: int, n: int | None = None, strategy: str = "ddp()", **arguments: Any
+    ) -> list[Any]:
         """See the function ``launch`` in ``paceline/__init__.py``."""
         from paceline.launch.function import launch_function
 
-        return launch_function(fn, n, strategy=strategy, arguments=arguments)
+        return launch_function(fn, processes, n, strategy=strategy, arguments=arguments)
 
 
 sys.modules[__name__].__class__ = _Launch

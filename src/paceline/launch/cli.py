@@ -2,15 +2,15 @@
 
 Exit codes, the same for every verb and version:
 
-====  ==========================================================================================
+====  =====================================================================================================
 0     all is well
-1     the script failed (``run``), or what was examined is not as it should be (``verify``)
+1     the script failed on a rank (``run``), or what was examined is not as it should be (``verify``)
 2     refused: the request cannot be carried out as given; nothing was started
-3     a process of the run was lost (killed, or died in native code)
-4     the run could not go on, for a reason that was recognised (PL5xx)
+3     a process of the run was lost (killed, died in native code, status 0 in mid-script), too few are left
+4     no rank failed, but they do not fit together (PL501, PL505, PL507)
 130   interrupted (Ctrl-C, ``paceline stop``)
 143   terminated (SIGTERM, SIGHUP)
-====  ==========================================================================================
+====  =====================================================================================================
 
 Nothing heavy is imported here; each verb is a module with ``add_arguments(parser)`` and ``main(args) -> int``, imported when
 it is asked for.

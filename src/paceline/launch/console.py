@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,15 +115,8 @@ class Console:
         """The cause stands last."""
         head = f"{outcome.state} after {duration(seconds)} · {self._path}"
         if outcome.asked:
-            own = [f for f in outcome.failures if not f.get("witness") and not _of_interrupt(f)]
-            own = [f for f in own if failure.code(f) not in ("PL403", "PL404")]
+            own = [f for f in outcome.failures if not f.get("witness") and failure.code(f) not in ("PL403", "PL404")]
             return [*failure.render(own, self._plan.processes, outcome.noun), head]
         if outcome.mistake is not None:
             return [head, *outcome.mistake.render(), f"  more: paceline explain {outcome.mistake.code}"]
         return [head, *failure.render(outcome.failures, self._plan.processes, outcome.noun)]
-
-
-def _of_interrupt(record: failure.Record) -> bool:
-    """A rank ended because it was interrupted, however it took it: an import that is interrupted may raise something else."""
-    kinds = [record.get("type"), *(link.get("type") for link in record.get("chain") or [])]
-    return "KeyboardInterrupt" in kinds or record.get("exit") == 130 or record.get("signal") == signal.SIGINT

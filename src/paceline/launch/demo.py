@@ -125,7 +125,7 @@ class Demo:
         if self.quick:
             arguments += ["--", *example.quick]
         self._say(f"$ cd {shlex.quote(str(self.directory))} && paceline {shlex.join(arguments)}")
-        return subprocess.call([sys.executable, "-m", "paceline.launch.cli", *arguments], cwd=self.directory)
+        return subprocess.call([sys.executable, "-m", "paceline", *arguments], cwd=self.directory)
 
     def _say_what_is_next(self) -> None:
         runs, directory = self.directory / "runs", shlex.quote(str(self.directory))

@@ -75,12 +75,19 @@ class Ending:
 
     Args:
         joined: The run was begun by another launcher, and goes on when this one ends.
+
+    Attributes:
+        stage: How far the end has come.
+        asked: The signal that asked for it, or 0.
+        interrupted: Scripts were interrupted before their loops. Whatever they fail with then is a consequence: code that is
+            interrupted, an import above all, may raise anything.
     """
 
     def __init__(self, *, joined: bool = False) -> None:
         self._joined = joined
         self.stage = Stage.RUNNING
         self.asked = 0
+        self.interrupted = False
         self.deadline: float | None = None
         self._last_farewell = 0.0
         self._spared: frozenset[int] = frozenset()
@@ -88,7 +95,7 @@ class Ending:
     @property
     def ours(self) -> bool:
         """What ends from now on ends because of us, so it is a witness and not a cause."""
-        return self.stage >= Stage.ABORTING
+        return self.interrupted or self.stage >= Stage.ABORTING
 
     def exited(self, rank: int, now: float, *, well: bool) -> list[Action]:
         """A rank has ended; `well`: with status 0, and its script had come to its end."""
@@ -130,7 +137,7 @@ class Ending:
         if self._joined:
             return [Say("leaving the run; the others go on"), *self._terminate(now)]
         if not in_loop:
-            self.stage, self.deadline = Stage.STOPPING, now + KEYBOARD_GRACE
+            self.stage, self.deadline, self.interrupted = Stage.STOPPING, now + KEYBOARD_GRACE, True
             return [Say("stopping: no rank is in its loop yet"), RequestStop(), Signal(signal.SIGINT, alone=True)]
         self.stage = Stage.STOPPING
         if number == signal.SIGINT:

@@ -8,6 +8,7 @@ run directory.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -31,7 +32,12 @@ from paceline.terms.plan import Plan
 
 
 def launch_function(
-    fn: Callable[..., Any], n: int, *, strategy: str = "ddp()", arguments: Mapping[str, Any] | None = None
+    fn: Callable[..., Any],
+    processes: Sequence[Any],
+    n: int | None,
+    *,
+    strategy: str = "ddp()",
+    arguments: Mapping[str, Any],
 ) -> list[Any]:
     """Run ``fn(**arguments)`` on `n` processes; see :func:`paceline.launch`."""
     from paceline.exchange.strategy import check
@@ -42,8 +48,9 @@ def launch_function(
             "paceline.launch was called while a rank imported the script",
             help='put the call under `if __name__ == "__main__":`.',
         )
+    n = _count(fn, processes, n)
     check_processes(n)
-    described = describe(fn, arguments or {})
+    described = describe(fn, arguments)
     settings = choose(Machine.here(), n, os.environ)
     plan = Plan(
         script=f"{fn.__module__}:{fn.__qualname__}",
@@ -58,6 +65,26 @@ def launch_function(
     outcome = Launcher(Order(plan, True, described), view, None, catch).execute()
     view.close()
     return _results(outcome, n)
+
+
+def _count(fn: Callable[..., Any], processes: Sequence[Any], n: int | None) -> int:
+    """How many. Raises UsageError PL108 where it is not said, or an argument of `fn` has no name."""
+    given = (*processes, *([] if n is None else [n]))
+    if len(given) == 1 and isinstance(given[0], int):
+        return given[0]
+    try:
+        names = list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        names = []
+    first = next((value for value in processes if len(given) > 1 or not isinstance(value, int)), None)
+    name = getattr(fn, "__name__", "fn")
+    shown = f"{names[0] if names else 'x'}={first!r}" if first is not None else "..."
+    help = f"paceline.launch({name}, n={n or 4}, {shown})"
+    if first is None:
+        raise UsageError("PL108", f"paceline.launch({name}) was not told how many processes", help=help)
+    raise UsageError(
+        "PL108", f"paceline.launch: {first!r} has no name; arguments of {name} are given by name", help=help
+    )
 
 
 def _results(outcome: Outcome, n: int) -> list[Any]:

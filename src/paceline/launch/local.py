@@ -198,7 +198,7 @@ class Launcher:
             case "fault" if self._elastic is not None and self._elastic.bears(child, report):
                 pass  # its end follows
             case "fault":
-                self._failed(child, report)
+                self._failed(child, {**report, "witness": self._ending.interrupted})
                 self._do(self._ending.failed(child.number, time.monotonic()))
             case "result":
                 self._results[child.number] = report["value"]

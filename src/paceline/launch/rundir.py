@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from paceline.train.attempts import EARLIER, earlier
 Role = Literal["launcher", "coordinator", "worker"]
 State = Literal["starting", "running", "finished", "failed", "stopped", "lost"]
 HOME = Path("runs")
+KILLED = "the launcher of this run was killed; its state was never written"
 _OF_AN_ATTEMPT = (
     "events",
     "ledger",
@@ -139,13 +141,31 @@ def find(text: str) -> Path:
     raise UsageError("PL106", f"no run at {text} or {HOME / text}", help=_nearby(text))
 
 
+def look_into(text: str) -> Path:
+    """:func:`find` for those who read a run; says so where its ``run.json`` tells of a run that is not alive any more."""
+    path = find(text)
+    if was_killed(path):
+        print(f"note: {path}: {KILLED}", file=sys.stderr)
+    return path
+
+
+def was_killed(path: Path) -> bool:
+    """The run's state is that of a living one, and its launcher was on this host and is gone."""
+    try:
+        launchers = [e for e in json.loads((path / "processes.json").read_bytes()) if e["role"] == "launcher"]
+        here = any(entry["host"] == socket.gethostname() for entry in launchers)
+        alive = json.loads((path / "run.json").read_bytes()).get("state") in ("starting", "running")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return here and alive and not alive_launcher(path)
+
+
 def _nearby(text: str) -> str | None:
-    """The runs whose names resemble `text`, or the newest ones."""
+    """The runs whose names resemble `text`."""
     import difflib
 
     known = sorted((p.parent for p in HOME.glob("*/run.json")), key=lambda p: p.stat().st_mtime, reverse=True)
-    names = [path.name for path in known]
-    close = difflib.get_close_matches(text, names, n=3) or names[:3]
+    close = difflib.get_close_matches(text, [path.name for path in known], n=3)
     return f"did you mean {', '.join(close)}?" if close else None
 
 

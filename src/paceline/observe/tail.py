@@ -122,7 +122,9 @@ class Values:
         return steps / seconds, samples / seconds
 
     def _tell(self, epoch: int) -> Ended | None:
-        if epoch <= self._told:
+        if (
+            epoch <= self._told or epoch not in self._steps
+        ):  # a run that goes on from a checkpoint has not seen them all
             return None
         self._told = epoch
         known = {name: series.until(epoch) for name, series in self._series.items()}

@@ -164,6 +164,11 @@ class Loop:
         where = [(b.loader, b.epoch, b.batch) for _, b in sorted(self._given.items())]
         return zlib.crc32(repr(where).encode()) % 64
 
+    @property
+    def leaves_out(self) -> bool:
+        """A step whose gradient is not finite is left out; with a gradient scaler that is the scaler's business."""
+        return self.report_nonfinite
+
     def where(self) -> str:
         """What this rank trains on, for people."""
         told = [f"batch {b.batch} of epoch {b.epoch} of loader {b.loader}" for _, b in sorted(self._given.items())]
@@ -349,7 +354,7 @@ class Loop:
 
     def resplit(self, rank: int, size: int, *, again: bool = False) -> None:
         """The ranks have changed: open passes that are trained on go on from the last commit, cut anew."""
-        self.size = size
+        self.size, self._reference = size, 0.0  # who has just come knows no earlier weights
         for index, feed in self._feeds.items():
             feed.resplit(rank, size, again=again, now=feed.trained or index in self._given)
 

@@ -67,6 +67,10 @@ class Where(Protocol):
     def mark(self) -> int:
         """A small number, the same on ranks that train on the same batches."""
 
+    @property
+    def leaves_out(self) -> bool:
+        """A step whose gradient is not finite is left out."""
+
     def where(self) -> str:
         """The same for people."""
 
@@ -351,7 +355,7 @@ class Stepper:
             replica.settle(bucket, counts)
         for replica in touched:
             replica.end()
-            left_out = self.exchange.shards and head[NONFINITE] > 0
+            left_out = head[NONFINITE] > 0 and (self.exchange.shards or self._place.leaves_out)
             self._statistics[replica].restore() if left_out else self._statistics[replica].settle()
         self._on_verdict(Verdict(head[WEIGHT], round(head[NONFINITE]), head[STOP] > 0, head[CHANGE] > 0, mine))
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from paceline.launch.rundir import find
+from paceline.launch.rundir import look_into
 from paceline.terms.errors import FileError
 from paceline.train.checkpoint_files import Checkpoint, locate
 from paceline.train.state import hash_file
@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the sha256 over names, types, shapes and bytes of the parameters, names sorted."""
     chosen, _ = locate(Path(args.run))
-    path = chosen or (Path(args.run) if args.run.endswith(".safetensors") else find(args.run) / "model.safetensors")
+    path = chosen or (
+        Path(args.run) if args.run.endswith(".safetensors") else look_into(args.run) / "model.safetensors"
+    )
     value = _of_checkpoint(path) if chosen is not None else _of_file(path)
     print(json.dumps({"file": str(path), "sha256": value}) if args.format == "json" else value)
     return 0

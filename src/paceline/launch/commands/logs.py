@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from paceline.launch.rundir import find
+from paceline.launch.rundir import look_into
 from paceline.terms.errors import UsageError
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    run = find(args.run)
+    run = look_into(args.run)
     logs = {rank: path for rank, path in _logs(run) if args.rank in (None, rank)}
     if args.rank is not None and not logs:
         raise UsageError("PL105", f"{run} has no log of worker-{args.rank}")

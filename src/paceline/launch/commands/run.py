@@ -198,8 +198,11 @@ def check_script(script: str) -> None:
     try:
         source = path.read_bytes()
     except OSError as error:
-        near = sorted(p.name for p in path.parent.glob("*.py"))[:5] if path.parent.is_dir() else []
-        help = f"{path.parent} has {', '.join(near)}." if near else None
+        import difflib
+
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        close = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, near, n=1)]
+        help = f"did you mean {close[0]}?" if close else None
         raise UsageError("PL101", f"{script}: {error.strerror}", help=help) from error
     try:
         compile(source, script, "exec", dont_inherit=True)

@@ -10,7 +10,7 @@ import signal
 import socket
 from pathlib import Path
 
-from paceline.launch.rundir import find, read_json, start_ticks
+from paceline.launch.rundir import KILLED, find, read_json, start_ticks
 from paceline.terms.errors import UsageError
 
 
@@ -45,17 +45,18 @@ def open_launcher(run: Path) -> int:
     """A descriptor of the launcher's process, made sure to be the one that was recorded, not a successor of its number."""
     entries = [entry for entry in read_json(run / "processes.json") if entry["role"] == "launcher"]
     if not entries:
-        raise UsageError("PL109", f"{run} has ended")
+        raise UsageError("PL109", f"{run} has ended: {read_json(run / 'run.json').get('state')}")
     launcher = entries[0]
     if launcher["host"] != socket.gethostname():
         raise UsageError("PL109", f"{run} was started on {launcher['host']}", help="give this command there.")
+    killed = UsageError("PL109", f"{run}: {KILLED}", help=f"`paceline logs {run}` shows what its ranks have printed.")
     try:
         pidfd = os.pidfd_open(launcher["pid"])
     except ProcessLookupError:
-        raise UsageError("PL109", f"the launcher of {run} (pid {launcher['pid']}) is gone") from None
-    if start_ticks(launcher["pid"]) != launcher["ticks"]:
+        raise killed from None
+    if start_ticks(launcher["pid"]) != launcher["ticks"]:  # the number is another process's by now
         os.close(pidfd)
-        raise UsageError("PL109", f"the launcher of {run} is gone; pid {launcher['pid']} is another process by now")
+        raise killed
     return pidfd
 
 

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from paceline.launch.rundir import HOME, find
+from paceline.launch.rundir import HOME, look_into
 from paceline.terms.errors import FileError
 from paceline.train.checkpoint_files import Checkpoint, candidates, locate
 
@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
 def _ledger(args: argparse.Namespace) -> int:
     from paceline.train.proof import verify
 
-    run = find(args.run)
+    run = look_into(args.run)
     problems = verify(run)
     if args.format == "json":
         print(json.dumps({"run": str(run), "verified": not problems, "problems": problems}))

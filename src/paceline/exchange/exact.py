@@ -65,9 +65,8 @@ def fold(terms: Tensor, sums: Tensor, *, first: bool) -> None:
     for at in range(0, terms.numel(), _CHUNK):
         some = slice(at, at + _CHUNK)
         rest = terms[some].to(sums.dtype, copy=True)
-        rest.add_(_LOW).sub_(_LOW)
         whole = rest.add(_HIGH).sub_(_HIGH)
-        rest.sub_(whole)
+        rest.sub_(whole).add_(_LOW).sub_(_LOW)
         if first:
             high[some], low[some] = whole, rest
         else:

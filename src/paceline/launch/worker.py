@@ -54,11 +54,10 @@ def tie_to_launcher(handoff: Handoff) -> None:
     """See to it that this process and its children do not outlive the launcher, even one that is killed.
 
     The kernel does it: when the launcher's end of the life line closes, everybody in this process group gets SIGKILL
-    (``F_SETSIG``); no thread, and no interpreter that may be busy, is needed. The death signal of the parent is a second
-    rope, for kernels that do not know the first. A launcher that died before they were tied shows as a closed pipe.
+    (``F_SETSIG``); no thread, and no interpreter that may be busy, is needed. The death signal of the parent is the
+    rope for kernels that do not know the first; both together would be none for this process's children: the launcher has threads, the
+    signal comes when the first of them is gone, and a rank that dies of it is no reader any more when the pipe closes. A launcher that died before they were tied shows as a closed pipe.
     """
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     life = handoff.life_fd
     for fd in (life, handoff.report_fd, handoff.place.board_fd, handoff.place.arena_fd, handoff.place.secret_fd):
         if fd >= 0:
@@ -68,7 +67,7 @@ def tie_to_launcher(handoff: Handoff) -> None:
         fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
     except OSError:
-        pass
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     poll = select.poll()
     poll.register(life, 0)
     if poll.poll(0) or os.getppid() != handoff.launcher_pid:

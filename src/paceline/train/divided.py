@@ -13,7 +13,7 @@ wait before 2 makes sure that nobody still reads. The price: a script that chang
 noise) changes them once per rank.
 
 The stretch is stepped in *bites* that fit the second cache: an optimizer that makes many passes over memory (Adam without
-``fused=True`` makes some ten) then makes them in the cache, which is two to three times as fast.
+``fused=True`` makes some ten) then makes them in the cache, which is much faster.
 
 Optimizer state lies once a host in either case. Between steps ``optimizer.state`` holds whole tensors, so
 ``optimizer.state_dict()`` works on any rank and is no collective. Single numbers (step counts) are private; the rank that has the

@@ -54,10 +54,6 @@ class Drill:
     def hashes(self) -> set[str]:
         return {event["hash"] for event in self.events("end") if event.get("hash")}
 
-    def recovery(self) -> list[float]:
-        """For each kill the seconds until some worker has committed another step."""
-        return []
-
 
 def run(
     directory: Path,

@@ -2,6 +2,7 @@
 #
 #   make demo     two examples on several processes, in about a minute
 #   make test     format, lint, types, import rules, all tests; stops at the first failure
+#   make soak     the same with every case, thousands of seeds, and drills that take long: hours
 #   make smoke    the quick part of it, under 30 seconds
 #   make bench    measures, writes bench/results/*.json and prints the tables (make bench QUICK=1: fewer repetitions)
 #   make lint     format, lint, types, import rules
@@ -13,12 +14,14 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smoke bench lint format-check ruff types imports pytest clean
+.PHONY: help setup demo test soak smoke bench lint format-check ruff types imports pytest clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 PIP_FLAGS ?=
 QUICK ?=
+SEEDS ?= 20000
+MINUTES ?= 30
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,6 +64,10 @@ imports: $(READY) types
 
 pytest: $(READY) imports
 	$(BIN)/python -m pytest
+
+soak: $(READY)
+	LONG_TESTS=1 $(BIN)/python -m pytest --seeds $(SEEDS)
+	PYTHONPATH=tests $(BIN)/python bench/soak.py --for $(MINUTES)
 
 smoke: $(READY)
 	$(BIN)/ruff check --quiet .

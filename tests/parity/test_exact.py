@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from support.breadth import more
 from tests.support.cli import run_paceline, run_python, show
 
 CASE = Path(__file__).parent / "exact_case.py"
@@ -24,7 +25,7 @@ def hash_of(
     return run_paceline("hash", run, cwd=tmp_path).stdout.split()[0]
 
 
-@pytest.mark.parametrize("script", ["mlp", "cnn --noisy --tokens weight"])
+@pytest.mark.parametrize("script", ["cnn --noisy --tokens weight", *more("mlp")])
 def test_one_to_four_ranks(script: str, tmp_path: Path) -> None:
     """A last batch of 3 rows, clipping, a schedule; dropout, batch normalisation, augmentation, weights of any size."""
     assert len({hash_of(tmp_path, n, *script.split()) for n in (1, 2, 3, 4)}) == 1

@@ -81,7 +81,12 @@ def test_ranks_get_their_place_and_no_child_of_theirs_does(tmp_path: Path) -> No
 
 
 def test_equal_lines_are_folded_and_the_logs_keep_all(tmp_path: Path) -> None:
-    script = write(tmp_path, RANK + "print('all of us'); print('only', rank)\n")
+    together = (
+        "from pathlib import Path\n"
+        "Path(f'here.{rank}').touch()\n"
+        "while len(list(Path('.').glob('here.[0-2]'))) < 3: pass\n"  # lines are folded that come at the same time
+    )
+    script = write(tmp_path, RANK + together + "print('all of us'); print('only', rank)\n")
     done = run_paceline("run", script, "-n", "3", "--run-dir", "here", cwd=tmp_path)
     assert "[0-2] all of us\n" in done.stdout, show(done)
     assert "[1] only 1\n" in done.stdout

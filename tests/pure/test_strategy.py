@@ -158,7 +158,7 @@ def test_text_and_python_are_the_same_thing() -> None:
         ("ddp(codec=bf61)", "PL203", "did you mean 'bf16'"),
         ("ddp(codec=3)", "PL203", "bf16, fp16"),
         ("ddp(codec=[1])", "PL203", "bf16, fp16"),
-        ("ddp(codec=topk(0.01))", "PL203", "no codec 'topk'"),
+        ("ddp(codec=topk(0.01))", "PL203", "no value 'topk'"),
         ("ddp(codec=bf16(3))", "PL203", "bf16()"),
         ("ddp(algorithm=rign)", "PL203", "did you mean 'ring'"),
         ("ddp(algorithm=ring, codec=bf16)", "PL203", "leave one of them out"),

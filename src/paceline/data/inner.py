@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, MapDataPipe
@@ -80,6 +80,21 @@ def build(
     elif seeded:
         dataset, collate = Seeded(dataset, collate), as_is
     return DataLoader(dataset, batch_sampler=walk, collate_fn=collate, **settings), walk
+
+
+def reader(loader: DataLoader[Any], batches: Iterable[Any] | None = None) -> Any:
+    """Reads batches out of turn, with the user's settings: a function of indices, or given `batches` of indices an iterable.
+
+    What is read is what the user's loader would give, whoever reads it and when.
+    """
+    dataset: Any = loader.dataset
+    collate = loader.collate_fn
+    if batches is not None:
+        settings = _settings(loader) | {"persistent_workers": False}
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **settings)
+    if Gathered.serves(dataset, collate):
+        return Gathered(dataset).__getitems__
+    return lambda indices: collate([dataset[index] for index in indices])
 
 
 def _settings(loader: DataLoader[Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from paceline.exchange.link import Link, Message, State
+from paceline.exchange.service import Service
 from paceline.terms.bucket import Bucket
 
 
@@ -88,6 +89,7 @@ class Exchange:
         bucket_mb: Upper bound of a bucket in MiB (2^20 bytes), or None for placement's choice.
         text: Canonical strategy text; parsing it gives this value again.
         shards: Into how many parts each global batch is cut, whatever the number of ranks; 0: one for each rank.
+        service: What is asked of parameter servers, where the strategy has some: then the chain is empty.
     """
 
     chain: Chain
@@ -95,9 +97,12 @@ class Exchange:
     bucket_mb: float | None = None
     text: str = "ddp()"
     shards: int = 0
+    service: Service | None = None
 
     def describe(self) -> str:
         """What is sent, with whom, when, how encoded, how merged; then what is asked of placement."""
+        if self.service is not None:
+            return f"strategy    {self.text}\n{self.service.describe()}"
         buckets = "size chosen by placement" if self.bucket_mb is None else f"at most {self.bucket_mb:g} MiB each"
         return "\n".join(
             (

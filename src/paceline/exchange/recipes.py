@@ -16,6 +16,7 @@ from paceline.exchange.chain import Exchange, chain, optimizer
 from paceline.exchange.codec import CODECS, Codec
 from paceline.exchange.exact import MOST_SHARDS, SHARDS, ExactMean
 from paceline.exchange.link import Link
+from paceline.exchange.ps import ps
 from paceline.terms.errors import UsageError
 
 
@@ -79,7 +80,7 @@ def _check_exact(exact: object, shards: object, codec: Codec | None, algorithm: 
         raise UsageError("PL203", "ddp: exact=True cannot be combined with a codec or an algorithm", help=said)
 
 
-RECIPES: dict[str, Callable[..., Exchange]] = {"ddp": ddp}
+RECIPES: dict[str, Callable[..., Exchange]] = {"ddp": ddp, "ps": ps}
 
 
 def summaries() -> dict[str, str]:

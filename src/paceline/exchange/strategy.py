@@ -14,11 +14,13 @@ import ast
 import math
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from paceline.exchange.arguments import invoke
 from paceline.exchange.chain import Exchange
 from paceline.exchange.codec import CODECS
+from paceline.exchange.ps import LATE
 from paceline.exchange.recipes import RECIPES
 from paceline.terms.errors import UsageError
 from paceline.terms.plan import Call, Product, Strategy, Value
@@ -26,6 +28,8 @@ from paceline.terms.plan import Call, Product, Strategy, Value
 LONGEST = 2000  # characters
 DEEPEST = 20  # calls and lists in each other
 MOST = 20  # factors
+
+_VALUES: dict[str, Callable[..., Any]] = {**CODECS, **LATE}
 
 
 def parse(text: str) -> Strategy:
@@ -78,7 +82,7 @@ def _settled(call: Call) -> Call:
 def _value(value: Value) -> Value:
     if not isinstance(value, Call):
         return value
-    return value.name if value.bare else invoke(CODECS, _settled(value), code="PL203", noun="codec")
+    return value.name if value.bare else invoke(_VALUES, _settled(value), code="PL203", noun="value")
 
 
 class _Reader:

@@ -60,11 +60,11 @@ class Lines:
 
 @dataclass(eq=False)
 class Child:
-    """A worker's process, or the coordinator's.
+    """A worker's process, or the coordinator's, or a server's.
 
     Attributes:
         name, incarnation: Who it is.
-        number: The N of ``worker-N``; -1 for the coordinator.
+        number: The N of ``worker-N``; -1 for all others.
         slot: Its page on the board.
         rank: Its rank as far as is known; in an elastic run the members decide, and it may change.
         epoch: Of the last view that it has told of.
@@ -99,7 +99,7 @@ class Child:
     def entry(self, host: str) -> ProcessEntry:
         """Its line in ``processes.json``."""
         pid, is_worker = self.popen.pid, self.number >= 0
-        role: Role = "worker" if is_worker else "coordinator"
+        role: Role = "worker" if is_worker else "server" if self.name.startswith("server") else "coordinator"
         rank = self.rank if is_worker and self.rank >= 0 else None
         return ProcessEntry(self.name, role, rank, pid, self.incarnation, host, self.started, start_ticks(pid))
 

@@ -32,6 +32,7 @@ from paceline.launch.env import VARIABLE, Handoff
 from paceline.launch.host import Host
 from paceline.launch.muster import MOST_WORKERS
 from paceline.launch.rundir import ProcessEntry, RunDirectory, now_text, start_ticks
+from paceline.launch.servers import Servers, strategy_servers
 from paceline.launch.tuning import has_accelerator
 from paceline.terms.activity import Board, Snapshot
 from paceline.terms.errors import UsageError
@@ -80,15 +81,17 @@ class Crew:
     Attributes:
         board: What every worker is doing, and what it is told.
         children: All workers that were started, by number.
-        coordination: In an elastic run: the coordinator, here or elsewhere.
+        coordination: In an elastic run: the coordinator, here or elsewhere, or the parameter servers.
     """
 
     def __init__(self, order: Order, run: RunDirectory | None) -> None:
         self._order, self._run = order, run
         self.size = order.plan.processes
         self.children: dict[int, Child] = {}
-        self.coordination: Coordination | Host | None = None
+        self.coordination: Coordination | Host | Servers | None = None
         self._on_page: list[Child | None] = [None] * slots(order.plan)
+        self._servers = strategy_servers(order.plan.strategy)
+        self._pages = len(self._on_page) + self._servers  # servers have theirs behind those of the workers
         self._stack = ExitStack()
         self._host = socket.gethostname()
         self._launcher = _own_entry(self._host)
@@ -101,9 +104,9 @@ class Crew:
             self._stack = stack
             stack.callback(self._end_all)
             self._board_fd = self._memory_file("paceline-board")
-            size = len(self._on_page)
-            os.ftruncate(self._board_fd, Board.nbytes(size))
-            self.board = Board(memoryview(mmap.mmap(self._board_fd, Board.nbytes(size))), size)
+            nbytes = Board.nbytes(self._pages)
+            os.ftruncate(self._board_fd, nbytes)
+            self.board = Board(memoryview(mmap.mmap(self._board_fd, nbytes)), self._pages)
             self._function_fd = self._describe_function()
             self._start()
             self._stack = stack.pop_all()
@@ -142,7 +145,8 @@ class Crew:
         """Bring ``processes.json`` up to date."""
         if self._run is not None:
             coordinator = self.coordination.child if self.coordination is not None else None
-            alive = [child.entry(self._host) for child in filter(None, (coordinator, *self.alive))]
+            servers = self.coordination.alive if isinstance(self.coordination, Servers) else []
+            alive = [child.entry(self._host) for child in filter(None, (coordinator, *servers, *self.alive))]
             self._run.processes([self._launcher, *alive])
 
     def have_met(self) -> None:
@@ -193,11 +197,16 @@ class Crew:
     def _coordinate(self, members: Mapping[str, str]) -> None:
         assert self._run is not None
         order = self._order
-        coordination: Coordination | Host
-        coordination = order.host or Coordination(order.plan, order.listen, self._run, members)
+        coordination: Coordination | Host | Servers
+        if self._servers:
+            coordination = Servers(self._servers, self._run, self._start_server)
+        else:
+            coordination = order.host or Coordination(order.plan, order.listen, self._run, members)
         coordination.__enter__()
         self._stack.push(coordination)
         self.coordination = coordination
+        if isinstance(coordination, Servers):
+            coordination.begin()
         for name, address, purpose in coordination.endpoints():
             self.listens(name, [address], purpose)
 
@@ -229,25 +238,8 @@ class Crew:
         slot = self._on_page.index(None)
         self.board.clear(slot)
         place = self._place(number, slot, incarnation or secrets.token_hex(16))
-        order = self._order
-
-        def handoff(life_fd: int, report_fd: int) -> Mapping[str, str]:
-            told = Handoff(place, os.getpid(), life_fd, report_fd, order.strategy_given, self._function_fd)
-            return {VARIABLE: told.encode()}
-
-        environ = {**os.environ, **dict(order.plan.settings)}
-        handles = (place.board_fd, place.arena_fd, place.secret_fd, self._function_fd)
         try:
-            child = spawn(
-                _WORKER,
-                environ,
-                handoff,
-                [fd for fd in handles if fd >= 0],
-                name=place.name,
-                incarnation=place.incarnation,
-                number=number,
-                slot=slot,
-            )
+            child = self._spawn(place, number)
         except OSError as error:
             message = (
                 f"{self.size} processes were asked for, and the system refused number {number + 1}: {error.strerror}"
@@ -259,6 +251,37 @@ class Crew:
         child.rank = place.rank if begins else -1
         self.children[number] = child
         self._on_page[slot] = child
+        return child
+
+    def _start_server(self, number: int) -> Child:
+        """Start one of the parameter servers. Raises UsageError PL103."""
+        place = self._place(0, len(self._on_page) + number, secrets.token_hex(16))
+        try:
+            return self._spawn(replace(place, name=f"server-{number}", serves=number), -1)
+        except OSError as error:
+            message = f"the system refused a process for server {number}: {error.strerror}"
+            raise UsageError("PL103", message, help="raise the limits (`ulimit -u`, `ulimit -n`).") from error
+
+    def _spawn(self, place: Place, number: int) -> Child:
+        """A fresh interpreter that is told who it is. Raises OSError."""
+        order = self._order
+
+        def handoff(life_fd: int, report_fd: int) -> Mapping[str, str]:
+            told = Handoff(place, os.getpid(), life_fd, report_fd, order.strategy_given, self._function_fd)
+            return {VARIABLE: told.encode()}
+
+        environ = {**os.environ, **dict(order.plan.settings)}
+        handles = (place.board_fd, place.arena_fd, place.secret_fd, self._function_fd)
+        child = spawn(
+            _WORKER,
+            environ,
+            handoff,
+            [fd for fd in handles if fd >= 0],
+            name=place.name,
+            incarnation=place.incarnation,
+            number=number,
+            slot=place.slot,
+        )
         child.log_fd = self._run.open_log(place.name) if self._run is not None else -1
         return child
 
@@ -280,9 +303,10 @@ class Crew:
             store=self._store,
             plan=self._order.plan,
             slot=slot,
-            slots=len(self._on_page),
+            slots=self._pages,
             coordinator=coordination.address if coordination is not None else "",
             secret_fd=coordination.secret_fd if coordination is not None else -1,
+            servers=coordination.addresses if isinstance(coordination, Servers) else (),
         )
 
     # -- ending

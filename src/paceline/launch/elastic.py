@@ -20,6 +20,7 @@ from paceline.launch.coordination import LEASE, Coordination
 from paceline.launch.crew import Crew
 from paceline.launch.host import Host
 from paceline.launch.muster import Dismiss, GiveUp, Loss, Muster, Standing, Start, Step, Tell
+from paceline.launch.servers import Servers
 from paceline.observe.failure import Record, signal_name
 from paceline.observe.hang import Finding
 from paceline.observe.words import RANK, WORKER, ranks, spans, verb
@@ -38,7 +39,7 @@ class Elastic:
     Args:
         plan: With its limits.
         crew: The workers, started.
-        coordination: The line to the coordinator.
+        coordination: The line to the coordinator, or the parameter servers.
         say: Tells the person at the terminal.
         began: Called with each worker that was started here.
 
@@ -51,7 +52,7 @@ class Elastic:
         self,
         plan: Plan,
         crew: Crew,
-        coordination: Coordination | Host,
+        coordination: Coordination | Host | Servers,
         say: Callable[[Sequence[str]], None],
         began: Callable[[Child], None],
     ) -> None:

@@ -81,7 +81,15 @@ def _place_from_json(raw: dict[str, Any]) -> Place:
     missing = {f.name for f in fields(Place)} - raw.keys()
     if missing:
         raise KeyError(", ".join(sorted(missing)))
-    return Place(**{**raw, "plan": plan_from_json(raw["plan"]), "run_dir": run_dir, "hosts": tuple(raw["hosts"])})
+    return Place(
+        **{
+            **raw,
+            "plan": plan_from_json(raw["plan"]),
+            "run_dir": run_dir,
+            "hosts": tuple(raw["hosts"]),
+            "servers": tuple(raw["servers"]),
+        }
+    )
 
 
 # ---- who started this process ---------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from paceline.launch.elastic import Elastic
 from paceline.launch.ending import Abort, Action, Ending, RequestStop, Say, Signal, Stage
 from paceline.launch.host import Host
 from paceline.launch.rundir import RunDirectory, State, now_text
+from paceline.launch.servers import Servers
 from paceline.launch.signals import Signals
 from paceline.observe import failure, hang
 from paceline.observe.words import RANK
@@ -119,7 +120,7 @@ class Launcher:
             self._loop()
             return self._conclude()
 
-    def _keep(self, coordination: Coordination | Host) -> None:
+    def _keep(self, coordination: Coordination | Host | Servers) -> None:
         """The run is elastic."""
         self._elastic = Elastic(self._order.plan, self._crew, coordination, self._view.say, self._listen_to)
         coordination.open(self._selector, self._view.say, self._crew.enlist, self._elastic.answer)

@@ -25,7 +25,7 @@ from paceline.terms.errors import FileError, UsageError
 from paceline.terms.plan import Plan
 from paceline.train.attempts import EARLIER, earlier
 
-Role = Literal["launcher", "coordinator", "worker"]
+Role = Literal["launcher", "coordinator", "worker", "server"]
 State = Literal["starting", "running", "finished", "failed", "stopped", "lost"]
 HOME = Path("runs")
 KILLED = "the launcher of this run was killed; its state was never written"

@@ -78,14 +78,23 @@ class Session:
             StepError: The strategy is given after ``adopt`` (PL410).
         """
         if self._job is None:
-            from paceline.train.job import Job
-
-            self._job = Job(self.place, self._connect, self.sink, self.activity, self._reunion())
+            self._job = self._make_job()
         if strategy is not None and self._strategy_given:
             self._say_overridden(strategy)
         elif strategy is not None:
             self._job.use_strategy(strategy)
         return self._job
+
+    def _make_job(self) -> Job:
+        from paceline.train.job import Job
+
+        place = self.place
+        if not place.servers:
+            return Job(place, self._connect, self.sink, self.activity, self._reunion())
+        from paceline.train.served_job import ServedJob
+
+        secret = os.pread(place.secret_fd, _SECRET, 0)
+        return ServedJob(place, self.sink, self.activity, secret)
 
     def _connect(self, device: torch.device) -> Wire:
         from paceline.launch.connect import open_wire

@@ -118,6 +118,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The option shares memory that a worker which dies in the middle of a write would leave half written.",
         "leave the option out, or start with `--workers N`: exactly N, and losing one ends the run.",
     ),
+    "PL209": Explanation(
+        "the strategy needs parameter servers that were not started",
+        "Servers are processes of their own, which the launcher starts beside the workers. It must know the strategy for that: a script "
+        "that names one with servers by itself comes too late.",
+        "start with `paceline run SCRIPT -n N --strategy 'ps(...)'`; the script's own strategy may be left out.",
+    ),
     "PL301": Explanation(
         "this object cannot be adopted",
         "`job.adopt` takes modules, optimizers, learning-rate schedulers, gradient scalers and data loaders.",
@@ -349,6 +355,29 @@ EXPLANATIONS: dict[str, Explanation] = {
         "divided.",
         "train from an adopted loader that batches a data set with indices, with one adopted optimizer; adopt its schedule; leave "
         "GradScaler out; or use ddp() without exact=True.",
+    ),
+    "PL460": Explanation(
+        "a parameter server is gone",
+        "The process that kept (a part of) the parameters has ended, or cannot be reached. What it had applied since the last checkpoint "
+        "is lost with it.",
+        "`paceline run ... --resume auto` goes on from the newest checkpoint; save more often with `--checkpoint every=30s`.",
+    ),
+    "PL461": Explanation(
+        "job.weight cannot be used here",
+        "Several batches make one step, each weighted by hand. The servers add up pushes, one for each step, and cannot weight the batches "
+        "in them.",
+        "step after each batch, or leave job.weight out: rows are weighted by themselves.",
+    ),
+    "PL462": Explanation(
+        "a worker and a server do not understand each other",
+        "A message came that is not due, or makes no sense. Versions of Paceline may differ between machines.",
+        "use the same version everywhere; if it is, this is a mistake in Paceline: please report it with the run directory.",
+    ),
+    "PL463": Explanation(
+        "this does not go together with parameter servers",
+        "The optimizer steps at the server. What decides about steps or learning rates elsewhere, or keeps parameters on another device, "
+        "would be out of step with it.",
+        "adopt the schedule; train in float32 or bfloat16 without a GradScaler; leave the model on the CPU; or use ddp().",
     ),
     "PL501": Explanation(
         "a rank left its loop early",

@@ -109,6 +109,8 @@ class Place:
             takes a page that is free again; else the page is the rank.
         coordinator: Address of the coordinator, ``unix:PATH`` or ``tcp:HOST:PORT``; empty when the run is not elastic.
         secret_fd: Inherited descriptor of the run's secret of 32 bytes, to be read with ``os.pread``, or -1.
+        servers: Addresses of the run's parameter servers, the lead first; empty when the strategy has none.
+        serves: Which of the servers this process is, or -1.
     """
 
     rank: int = 0
@@ -129,6 +131,8 @@ class Place:
     slots: int = 1
     coordinator: str = ""
     secret_fd: int = -1
+    servers: tuple[str, ...] = ()
+    serves: int = -1
 
     @property
     def plain(self) -> bool:

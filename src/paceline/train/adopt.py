@@ -89,14 +89,14 @@ def agree(
     loaders: Sequence[DataLoader[Any]] = (),
 ) -> None:
     """Compare what ranks hold. Raises AdoptError PL303 on every rank, naming the first difference."""
-    mine = [*_description(models, optimizers), *map(_loader, loaders)]
+    mine = [*describe(models, optimizers), *map(_loader, loaders)]
     said = [json.loads(raw) for raw in wire.gather_bytes("adopt", json.dumps(mine).encode())]
     for rank, theirs in enumerate(said):
         if theirs != said[0]:
             raise AdoptError("PL303", _difference(said[0], theirs, rank))
 
 
-def _description(models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[str]:
+def describe(models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[str]:
     index: dict[Tensor, str] = {}
     for label, model in models.items():
         for name, p in model.named_parameters():

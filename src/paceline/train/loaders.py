@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from paceline.data.feed import Feed
+from paceline.data.leased import LeasedFeed, Leases
 from paceline.data.rows import EpochEnd, Slice
 from paceline.data.streams import Streams
 from paceline.terms.activity import Activity
@@ -35,6 +36,7 @@ class Loaders:
         first_round: Callable[[], None],
     ) -> None:
         self.feeds: list[Feed] = []
+        self.leases: Leases | None = None  # who gives batches out, where no rank has a share
         self.evaluating = False
         self._loop, self._streams, self._activity = loop, streams, activity
         self._before_pass, self._first_round = before_pass, first_round
@@ -47,20 +49,20 @@ class Loaders:
     def own(self, loader: DataLoader[Any], rank: int, size: int) -> Feed:
         """Take over one loader: rank `rank` of `size` gets its rows of each batch."""
         index = len(self.feeds)
-        feed = Feed(
-            loader,
-            rank=rank,
-            size=size,
-            streams=self._streams,
-            index=index,
-            activity=self._activity,
-            before_pass=self._before_pass,
-            before_batch=lambda: self._loop.before_batch(self.training),
-            want_phantom=lambda: self.training,
-            on_batch=self._on_batch,
-            on_epoch=self._on_epoch_end,
-            shards=self._loop.shards,
-        )
+        settings: dict[str, Any] = {
+            "streams": self._streams,
+            "index": index,
+            "activity": self._activity,
+            "before_pass": self._before_pass,
+            "before_batch": lambda: self._loop.before_batch(self.training),
+            "want_phantom": lambda: self.training,
+            "on_batch": self._on_batch,
+            "on_epoch": self._on_epoch_end,
+        }
+        if self.leases is not None:
+            feed: Feed = LeasedFeed(loader, self.leases, **settings)
+        else:
+            feed = Feed(loader, rank=rank, size=size, shards=self._loop.shards, **settings)
         self._loop.add_feed(index, feed)
         self.feeds.append(feed)
         return feed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -173,6 +173,28 @@ class Loop:
         """What this rank trains on, for people."""
         told = [f"batch {b.batch} of epoch {b.epoch} of loader {b.loader}" for _, b in sorted(self._given.items())]
         return " and ".join(told) or "no batch"
+
+    # ---- with parameter servers -----------------------------------------------------------------------------------
+    def spend(self, rows: Sequence[Slice]) -> tuple[float, bool]:
+        """These rows are pushed now: what they weigh, and whether the gradient is a sum over them."""
+        self._open, self._pending = [], {}
+        self._open_feeds.clear()
+        weight, self._weight = self._weight, None
+        if weight == "sum":
+            return float(any(r.local_rows for r in rows)), True
+        if weight is not None:
+            return weight, False
+        return float(sum(r.local_rows for r in rows)) if rows else 1.0, False
+
+    @property
+    def given_weight(self) -> float | Literal["sum"] | None:
+        """What the script has said of the current batch."""
+        return self._weight
+
+    def stand(self, steps: int, samples: int) -> None:
+        """The servers have come so far."""
+        self.steps, self.samples = steps, samples
+        self.publish()
 
     # ---- weights --------------------------------------------------------------------------------------------------
     def set_weight(self, weight: float | Literal["sum"]) -> None:

@@ -16,6 +16,7 @@ from paceline import __version__
 from paceline.launch import env, plan_file, tuning
 from paceline.launch.muster import MOST_WORKERS
 from paceline.launch.rundir import HOME, RunDirectory, choose_path, now_text
+from paceline.launch.servers import strategy_servers
 from paceline.launch.tuning import Machine, Settings, allow_files, check_processes, choose
 from paceline.observe.pipe import Pipe
 from paceline.terms.errors import PacelineError, UsageError
@@ -130,6 +131,8 @@ def resolve(args: argparse.Namespace) -> Resolved:
         from paceline.exchange.strategy import check, threads
 
         plan = replace(plan, strategy=check(plan.strategy))
+        if strategy_servers(plan.strategy) and not plan.elastic:  # servers bear the loss of a worker in any case
+            plan = replace(plan, workers_min=plan.processes, workers_max=plan.processes)
         args.threads = threads(plan.strategy) or args.threads
     overrides = dict(plan.settings) | _assignments(args.set)
     if args.threads is not None:

@@ -1,0 +1,197 @@
+"""The synchronous discipline: one update of all parts of a global batch, whoever delivers them. Pure.
+
+A batch is cut into as many parts as there are workers when it is opened, less ``backup``. Each worker gets one part of it. The *open
+update* needs all parts of every batch of which some part is delivered (a script may accumulate, or take several loaders); when
+they are there it is applied, parts in the order of (loader, epoch, batch, part) whatever order they came in, and all go on.
+
+* A part that comes back, because its holder died or left its loop, goes to whoever asks next, or else to one who waits in its step:
+  the push of that worker is kept aside, and it is told to *go round once more*. Where nothing is left for it by then, or
+  its script asks for more, it gets fillers.
+* A worker for which a batch has no part (it joined late, or is a backup worker) waits until the update is over, or until parts of
+  the open update come back.
+* ``backup``: a worker for which no part is left gets a *copy* of one that is not delivered yet (speculative execution). The first
+  delivery counts. Chen et al. 2016 (1604.00981) drop the slowest gradients instead, and with them always the same workers' rows; here
+  each row is in exactly one update.
+* A gradient that is not finite: the whole update is left out, and counts.
+"""
+
+from __future__ import annotations
+
+from paceline.exchange.server_desk import Desk, Worker, filler, real
+from paceline.exchange.server_pool import Batch, Pass
+from paceline.exchange.server_protocol import Ask, Grant, Part, Piece, Step
+
+
+class Synchronous:
+    """Cuts global batches into parts, and applies them when all are there."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.parts: list[Part] = []  # of the open update
+        self.blame: list[str] = []
+
+    # -- pieces
+    def choose(self, worker: Worker, ask: Ask) -> Grant | None:
+        """Its part of the first batch of which it has none; before that what came back."""
+        grant = self._redone(worker, ask) if worker.redo == self.desk.version else self._next(worker, ask)
+        if grant is None and not ask.ahead and self.desk.holding(worker) and not self._exhausted(ask):
+            return filler(worker, ask)  # its step needs something of this loader, and others need its step
+        return grant
+
+    def _exhausted(self, ask: Ask) -> bool:
+        return self.desk.pool.course(ask.loader, ask.epoch).exhausted
+
+    def _redone(self, worker: Worker, ask: Ask) -> Grant:
+        for course in self.desk.pool.until(ask.loader, ask.epoch):
+            for number in sorted(course.open):
+                batch = course.open[number]
+                if batch.covered and batch.free():
+                    return self._lend(worker, batch, batch.free()[0])
+        return filler(worker, ask)
+
+    def _next(self, worker: Worker, ask: Ask) -> Grant | None:
+        """A *late* worker has no part of a batch that others have begun: for it there is only the open update."""
+        late = False
+        copies: list[tuple[int, float, Batch, int]] = []
+        for course in self.desk.pool.until(ask.loader, ask.epoch):
+            for number in sorted(course.open.keys() | course.returned.keys()):
+                batch = course.open.get(number)
+                if batch is None:
+                    if late or not (course.returned[number] or course.epoch == ask.epoch):
+                        continue
+                    return self._open(worker, course, number)
+                has = self._has_part(worker, batch)
+                part = self._part(batch, has, ask)
+                if part is not None and (not late or batch.covered):
+                    return self._lend(worker, batch, part)
+                if not has and (not late or batch.covered):
+                    copies += [(len(h), min(h.values()), batch, i) for i, h in self._out(batch)]
+                late |= not has
+        if late:
+            return self._copy(worker, copies)
+        course = self.desk.pool.course(ask.loader, ask.epoch)
+        return None if course.exhausted else self._open(worker, course, course.opened)
+
+    def _part(self, batch: Batch, has: bool, ask: Ask) -> int | None:
+        """Of two parts of a batch, one worker gets the second only if it came back."""
+        if batch.epoch != ask.epoch and not (batch.covered or batch.lost):
+            return None
+        free = [i for i in batch.free() if not has or i in batch.orphans]
+        return free[0] if free else None
+
+    def _out(self, batch: Batch) -> list[tuple[int, dict[str, float]]]:
+        return [(i, batch.holders[i]) for i in batch.missing() if batch.holders[i]]
+
+    def _copy(self, worker: Worker, copies: list[tuple[int, float, Batch, int]]) -> Grant | None:
+        """Of what is out with the fewest, the part that is out longest."""
+        if not copies or not self.desk.rule.backup:
+            return None
+        _, _, batch, part = min(copies, key=lambda c: (c[0], c[1], c[2].piece(c[3])))
+        return self._lend(worker, batch, part)
+
+    def _has_part(self, worker: Worker, batch: Batch) -> bool:
+        pieces = [p for part in self.parts if part.worker == worker.name for p in part.covers]
+        return any(self._is_of(p, batch) for p in (*pieces, *self.desk.holding(worker)))
+
+    def _is_of(self, piece: Piece, batch: Batch) -> bool:
+        return (piece.loader, piece.epoch, piece.batch) == (batch.loader, batch.epoch, batch.number)
+
+    def _open(self, worker: Worker, course: Pass, number: int) -> Grant:
+        parts = max(1, len(self.desk.workers) - self.desk.rule.backup)
+        return self._lend(worker, course.start(number, parts), 0)
+
+    def _lend(self, worker: Worker, batch: Batch, part: int) -> Grant:
+        self.desk.refresh(worker)
+        return self.desk.lend(worker, batch, part)
+
+    # -- pushes
+    def step(self, worker: Worker, step: Step) -> None:
+        """Take it into the open update; the answer follows when that is over, or something came back."""
+        desk, covers = self.desk, real(step)
+        worker.redo = -1
+        if step.covers and not covers:
+            desk.drop(worker, step)
+            if self._has_stepped(worker) or self._without_rows():
+                worker.step = step
+            else:
+                desk.go(worker)
+        elif worker.read != desk.version or not all(desk.pool.holds(worker.name, piece) for piece in covers):
+            desk.drop(worker, step)
+            desk.go(worker)
+        elif not covers and self._has_stepped(worker):
+            desk.drop(worker, step)
+            worker.step = step
+        else:
+            self._take(worker, step, covers)
+
+    def _take(self, worker: Worker, step: Step, covers: tuple[Piece, ...]) -> None:
+        for piece in covers:
+            self.desk.pool.deliver(piece)
+        self.parts.append(Part(worker.name, step.seq, 1.0, step.weight, worker.read, covers))
+        if not step.finite:
+            self.blame.append(worker.name)
+        worker.step = step
+
+    def _has_stepped(self, worker: Worker) -> bool:
+        return any(part.worker == worker.name for part in self.parts)
+
+    def _without_rows(self) -> bool:
+        return any(not part.covers for part in self.parts)
+
+    def flush(self) -> bool:
+        """Nothing is kept beyond an update."""
+        return False
+
+    def left(self, worker: Worker) -> None:
+        """What it has delivered stays."""
+        self._keep(worker)
+
+    def _keep(self, worker: Worker) -> None:
+        if worker.step and any((p.worker, p.seq) == (worker.name, worker.step.seq) for p in self.parts):
+            self.desk.keep(worker, worker.step)
+
+    # -- updates
+    def advance(self) -> bool:
+        """Close the update if it is complete; else have somebody go round for what nobody else will do."""
+        if self._complete():
+            self._close()
+            return True
+        return any(self._wake(batch) for batch in self.desk.pool.open_batches() if batch.covered)
+
+    def _complete(self) -> bool:
+        waits = self._without_rows() and not all(w.step for w in self.desk.live)
+        covered = (batch for batch in self.desk.pool.open_batches() if batch.covered)
+        return bool(self.parts) and not waits and all(batch.complete for batch in covered)
+
+    def _close(self) -> None:
+        parts, blame = sorted(self.parts, key=lambda p: (p.covers, p.worker, p.seq)), tuple(sorted(set(self.blame)))
+        self.parts, self.blame = [], []
+        self.desk.apply(parts, blame)
+        counted = {part.worker for part in parts}
+        for worker in self.desk.live:
+            if worker.step is not None:
+                self.desk.go(worker, applied=worker.name in counted)
+
+    def _wake(self, batch: Batch) -> bool:
+        """Whether somebody was told to go round for a part of this batch."""
+        asleep = [w for w in self.desk.live if w.step is not None and w.meet is None and batch.loader in w.loaders]
+        for _, holders in self._out(batch):
+            if all(any(w.name == name for w in asleep) for name in holders):
+                self._go_round(next(w for w in asleep if w.name in holders))
+                return True
+        takers = [w for w in self.desk.live if not w.waiting and (self._is_redoing(w) or not self._has_part(w, batch))]
+        if len(batch.free()) <= len(takers) or not asleep:
+            return False
+        self._go_round(min(asleep, key=lambda w: (len(self._given(w)), w.name)))
+        return True
+
+    def _is_redoing(self, worker: Worker) -> bool:
+        return worker.redo == self.desk.version
+
+    def _given(self, worker: Worker) -> list[Piece]:
+        return [p for part in self.parts if part.worker == worker.name for p in part.covers]
+
+    def _go_round(self, worker: Worker) -> None:
+        self._keep(worker)
+        worker.redo = self.desk.version
+        self.desk.go(worker)

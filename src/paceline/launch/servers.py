@@ -1,0 +1,179 @@
+"""The parameter servers as the launcher sees them: processes that run the same script, beside the workers.
+
+In the place of ``Coordination``: servers know who takes part, because whoever ends closes its connection. ``paceline join`` asks
+the launcher, which starts more workers.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from paceline.launch.child import Child
+from paceline.launch.control import Answer, Requests
+from paceline.launch.line import memory_file
+from paceline.launch.rundir import RunDirectory
+from paceline.observe.failure import signal_name
+
+_FAREWELL = 10.0  # seconds that servers have to end when all workers have
+_PAUSE = 0.01
+
+
+class Servers:
+    """The servers' processes. A context manager.
+
+    Args:
+        count: How many.
+        run: For their logs, and the secret.
+        start: Starts the process of a server, given its number.
+
+    Attributes:
+        addresses: Where they listen, the lead first.
+        secret_fd: A memory file with the secret.
+        lost: Why the run cannot go on, or empty.
+    """
+
+    child: Child | None = None
+    address = ""
+
+    def __init__(self, count: int, run: RunDirectory, start: Callable[[int], Child]) -> None:
+        self._run, self._start = run, start
+        self.addresses = tuple(f"unix:@paceline-{secrets.token_hex(8)}" for _ in range(count))
+        self._doors = [f"unix:@paceline-{secrets.token_hex(8)}"]
+        self.children: list[Child] = []
+        self._last_words: dict[str, str] = {}
+        self._faults: dict[str, str] = {}
+        self.lost = ""
+
+    def __enter__(self) -> Servers:
+        with ExitStack() as stack:
+            secret = secrets.token_bytes(32)
+            self.secret_fd = memory_file(stack, "paceline-secret", secret)
+            self._run.secret(secret)
+            stack.callback(self._run.forget_secret)
+            self._control = stack.enter_context(Requests(self._doors, secret))
+            stack.callback(self._end)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def alive(self) -> list[Child]:
+        """Those that run."""
+        return [child for child in self.children if child.status is None]
+
+    def begin(self) -> None:
+        """Start them all."""
+        for number in range(len(self.addresses)):
+            self.children.append(self._start(number))
+
+    def open(
+        self,
+        selector: selectors.BaseSelector,
+        say: Callable[[Sequence[str]], None],
+        enlist: Callable[[], None],
+        answer: Answer,
+    ) -> None:
+        """The loop begins. See ``Coordination.open``."""
+        self._selector, self._say = selector, say
+        for child in self.children:
+            for fd in child.outputs:
+                selector.register(fd, selectors.EVENT_READ, partial(self._on_output, child, fd))
+            selector.register(child.report_fd, selectors.EVENT_READ, partial(self._on_reports, child))
+            selector.register(child.pidfd, selectors.EVENT_READ, partial(self._on_exit, child))
+        self._control.open(selector, answer)
+
+    def endpoints(self) -> list[tuple[str, str, str]]:
+        """Name, address and purpose of every listening socket."""
+        servers = [(f"server-{number}", address, "parameters") for number, address in enumerate(self.addresses)]
+        return [*servers, *(("launcher", address, "control") for address in self._control.addresses)]
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        """Nothing: servers need nobody to tell them who is gone."""
+        return {}
+
+    def certify(self, name: str, incarnation: str, why: str) -> None:
+        """Servers have seen it themselves."""
+
+    def tick(self, now: float) -> None:
+        """Nothing to be done."""
+
+    # ---- what they say ----------------------------------------------------------------------------------------------
+    def _on_output(self, child: Child, fd: int) -> int:
+        lines, count = child.read_output(fd, self._run.failed)
+        if lines and fd == child.outputs[1]:
+            self._last_words[child.name] = lines[-1]
+        if count == 0:
+            self._selector.unregister(fd)
+        return count
+
+    def _on_reports(self, child: Child) -> int:
+        reports, count = child.read_reports()
+        for report in reports:
+            if report["kind"] == "fault":
+                message = (str(report.get("message", "")).splitlines() or [""])[0]
+                self._faults[child.name] = f"{report.get('code') or report.get('type')}: {message}"
+            elif report["kind"] == "notice":
+                self._say([f"{child.name}: {report.get('message')}"])
+        if count == 0:
+            self._selector.unregister(child.report_fd)
+        return count
+
+    def _on_exit(self, child: Child) -> None:
+        self._selector.unregister(child.pidfd)
+        child.reap()
+        registered = self._selector.get_map()
+        for fd, read in [
+            *((fd, partial(self._on_output, child, fd)) for fd in child.outputs),
+            (child.report_fd, partial(self._on_reports, child)),
+        ]:
+            while fd in registered and read() > 0:
+                pass
+            if fd in registered:
+                self._selector.unregister(fd)
+        child.close()
+        if child.status:
+            self.lost = f"{child.name} {self._how(child)}"
+
+    def _how(self, child: Child) -> str:
+        assert child.status is not None
+        if child.name in self._faults:
+            return f"has failed: {self._faults[child.name]}"
+        if child.status < 0:
+            return f"was killed by {signal_name(-child.status)}, and with it the parameters that it kept"
+        words = self._last_words.get(child.name, "")
+        return f"ended with exit status {child.status}{': ' + words if words else ''}"
+
+    def _end(self) -> None:
+        """All workers have ended: servers end by themselves, or are ended."""
+        deadline = time.monotonic() + (0.0 if self.lost else _FAREWELL)
+        for child in self.children:
+            while child.status is None and time.monotonic() < deadline and not _has_ended(child):
+                time.sleep(_PAUSE)
+            child.signal(signal.SIGKILL)
+            child.reap()
+            child.close()
+
+
+def _has_ended(child: Child) -> bool:
+    return os.waitid(os.P_PID, child.popen.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def strategy_servers(strategy: str) -> int:
+    """How many servers this strategy has."""
+    if "ps" not in strategy:
+        return 0
+    from paceline.exchange.strategy import build
+
+    service = build(strategy).service
+    return service.servers if service is not None else 0

@@ -1,0 +1,379 @@
+"""A worker of a run with parameter servers: what its three control points mean.
+
+*the iterator*    batches are leased from the lead server, one at a time (``data.leased``);
+*``backward``*    local;
+*``opt.step()``*  the gradient is pushed to the servers that keep the parameters, which step the optimizer; the parameters that come
+back are there when it returns. The worker's own optimizer does nothing, and holds no state.
+
+The model's parameters lie in memory that the servers of this host have mapped (``memory``): a push is a small message, and the
+answer finds the new parameters in place. To servers of other hosts the same bytes travel behind the messages.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paceline.data.rows import Slice
+from paceline.exchange.server import Piece
+from paceline.group.frames import Frame
+from paceline.group.secure import Connection
+from paceline.terms.activity import Activity, Phase
+from paceline.terms.errors import EXPLANATIONS, Aborted, AdoptError, PacelineError, PeerLost, StepError
+from paceline.terms.plan import Place
+from paceline.train.keeping import Kept, hypers, set_hypers
+from paceline.train.loop import Loop
+from paceline.train.memory import Memory
+from paceline.train.talk import Say
+
+PATIENCE = 60.0
+"""Seconds that a worker waits for servers to begin."""
+
+_SLICE = 0.1  # seconds between two looks at the board
+_SOON = 0.02  # seconds between two attempts to connect
+
+
+class Served:
+    """The worker's half.
+
+    Args:
+        place: Who this is, and where the servers are.
+        connect: Connects to an address, or raises.
+        loop: Where the job stands.
+        activity: Where waiting is shown.
+        on_view: Told the number of the group and its members, whenever that has changed.
+
+    Attributes:
+        version: Of the parameters that this worker has.
+        staleness: Updates by others between the read and the application of this worker's last push.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        connect: Callable[[str], Connection],
+        loop: Loop,
+        activity: Activity,
+        on_view: Callable[[int, list[str]], None],
+    ) -> None:
+        self._place, self._open, self._loop, self._activity, self._on_view = place, connect, loop, activity, on_view
+        self._servers: list[Connection] = []
+        self._kept: Kept | None = None
+        self._memory: Memory | None = None
+        self._optimizers: list[Optimizer] = []
+        self._hypers: list[Any] = []
+        self._hidden: list[tuple[Tensor, Tensor | None]] = []
+        self._held: list[tuple[Piece, Slice]] = []  # given to the loop since the last step
+        self._factor = 1.0  # of gradients that arrive now, where several backwards make one step
+        self._summed = False
+        self._passes: dict[int, int] = {}
+        self._seq = self.version = self.staleness = 0
+        self._in_pass = False
+        self._place_now = (0, 1)
+        self._group = -1
+        self.stream = b""
+        self.first_epoch = 0
+
+    # ---- the beginning --------------------------------------------------------------------------------------------
+    def attach(self, kept: Kept) -> None:
+        """The loop begins: connect, and let the model live where the servers see it.
+
+        Raises:
+            AdoptError: PL303, the servers hold something else.
+            PeerLost: PL460, there is no server.
+        """
+        with self._activity.during(Phase.WAIT, "servers"):
+            self._kept = kept
+            self._optimizers = kept.optimizers
+            self._hypers = [hypers(o) for o in self._optimizers]
+            self._servers = [reach(self._open, address, self._check) for address in self._place.servers]
+            local = all(connection.peer.startswith("unix:") for connection in self._servers)
+            self._memory = Memory(kept.layout, kept.buffer_layout, shared=local)
+            meta = {"name": self._place.name, "handle": self._memory.handle, "is": kept.description}
+            for connection in self._servers:
+                connection.send(Say.ATTACH, meta)
+            welcomes = [self._hear(connection, Say.WELCOME).meta for connection in self._servers]
+            kept.move_into(self._memory)
+            self._servers[0].send(Say.READY, {})
+            self.stream = base64.b64decode(welcomes[0]["stream"])
+            self._go(0)
+        for p in kept.params:
+            p.register_hook(self._scaled)  # type: ignore[no-untyped-call]
+
+    def _check(self) -> None:
+        if self._activity.board.aborted:
+            raise Aborted("PL404", f"the run was ended while {self._place.name} waited for a server")
+
+    # ---- batches --------------------------------------------------------------------------------------------------
+    def ask(self, loader: int, epoch: int, ahead: bool = False) -> Piece | None:
+        """See ``data.leased.Leases``."""
+        meta = {"loader": loader, "epoch": epoch, "ahead": ahead, "round": self._loop.epoch}
+        with self._activity.during(Phase.WAIT, "a batch"):
+            self._lead.send(Say.ASK, meta)
+            granted = self._hear(self._lead, Say.GRANT).meta["piece"]
+        if granted is None:
+            self._in_pass = False
+            return None
+        return Piece(*granted)
+
+    def over(self, loader: int, epoch: int, batches: int, rows: int, order: int) -> None:
+        """See ``data.leased.Leases``."""
+        meta = {"loader": loader, "epoch": epoch, "batches": batches, "rows": rows, "order": order}
+        self._lead.send(Say.OVER, meta)
+
+    def begins(self, loader: int, origin: str) -> tuple[int, str]:
+        """See ``data.leased.Leases``. Who comes late begins in the pass that is open."""
+        self._in_pass = True
+        number = self._passes[loader] = self._passes.get(loader, -1) + 1
+        return number, self._origin(loader, number, origin)
+
+    def origin(self, loader: int, epoch: int) -> str:
+        """See ``data.leased.Leases``."""
+        return self._origin(loader, epoch, "")
+
+    def _origin(self, loader: int, epoch: int, mine: str) -> str:
+        self._lead.send(Say.PASS, {"loader": loader, "epoch": epoch, "origin": mine})
+        origin: str = self._hear(self._lead, Say.ORIGIN).meta["origin"]
+        return origin
+
+    def given(self, piece: Piece, rows: Slice) -> None:
+        """See ``data.leased.Leases``."""
+        if self._held and piece.parts > 1:
+            self._accumulate()
+        self._held.append((piece, rows))
+        if self._summed:
+            self._factor = rows.local_rows / rows.rows
+
+    def view(self, loader: int) -> tuple[int, int]:
+        """See ``data.leased.Leases``."""
+        return self.together(f"a pass over loader {loader} without training")
+
+    def _accumulate(self) -> None:
+        """A second batch for one step: what has come so far, and what comes, counts by its share of its own global batch."""
+        if self._loop.given_weight is not None:
+            raise StepError("PL461", "job.weight with several batches in one step")
+        if not self._summed:
+            assert self._kept is not None
+            rows = self._held[-1][1]
+            for p in self._kept.params:
+                if p.grad is not None:
+                    p.grad.mul_(rows.local_rows / rows.rows)
+            self._summed = True
+
+    def _scaled(self, grad: Tensor) -> Tensor | None:
+        return grad * self._factor if self._summed else None
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+    def own(self, optimizer: Optimizer) -> None:
+        """Take over one optimizer."""
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
+            raise StepError("PL302", f"{type(optimizer).__name__}.step was given a closure")
+        self._hidden = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+        for p, _ in self._hidden:  # without gradients every optimizer of torch does nothing
+            p.grad = None
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for p, grad in self._hidden:
+            p.grad = grad
+        self._hidden = []
+        with self._activity.during(Phase.EXCHANGE, "push"):
+            self._push(optimizer)
+
+    def _push(self, optimizer: Optimizer) -> None:
+        assert self._kept is not None
+        assert self._memory is not None
+        number = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
+        absent, wrong = self._kept.fill(self._memory, optimizer)
+        if wrong:
+            raise StepError(
+                "PL409", f"{self._place.name}, update {self.version + 1}: the gradient of {wrong} is not finite"
+            )
+        self._seq += 1
+        held, self._held = self._held, []
+        weight, summed = self._loop.spend([rows for _, rows in held])
+        message: dict[str, Any] = {
+            "seq": self._seq,
+            "optimizer": number,
+            "weight": weight,
+            "sum": summed or self._summed,
+            "finite": True,
+            "absent": absent,
+            "covers": [[p.loader, p.epoch, p.batch, p.part, p.parts] for p, _ in held if p.parts],
+            "rows": [[r.loader, r.epoch, r.start, r.rows, r.start + r.local_start, r.local_rows] for _, r in held],
+        }
+        now = hypers(optimizer)
+        if now != self._hypers[number]:
+            message["hypers"] = self._hypers[number] = now
+        self._summed, self._factor = False, 1.0
+        for server, connection in reversed(list(enumerate(self._servers))):  # the lead last: then the others have it
+            connection.send(Say.STEP, message, self._kept.pushed(self._memory, server))
+        self._go(self._seq)
+
+    def _go(self, seq: int) -> None:
+        """Wait until every server has put the parameters there."""
+        self._arrived(self._hear(self._lead, Say.GO), seq)
+
+    def _arrived(self, frame: Frame, seq: int) -> None:
+        """The lead's parameters are there; wait for those of the others."""
+        assert self._kept is not None
+        assert self._memory is not None
+        self._take(frame.meta)
+        for connection in self._servers[1:]:
+            self._hear(connection, Say.GO)
+        if frame.meta["seq"] != seq:
+            raise StepError("PL462", f"the server answered push {frame.meta['seq']}, not {seq}")
+        self._kept.read_buffers(self._memory)
+
+    def _take(self, meta: Mapping[str, Any]) -> None:
+        """What the lead says with the parameters."""
+        self.version, self.staleness = meta["version"], meta["tau"]
+        self._loop.stand(meta["version"], meta["samples"])
+        if meta["group"] != self._group:
+            self._group = meta["group"]
+            self._on_view(self._group, meta["members"])
+        if "passes" in meta:
+            self._passes = {int(loader): number for loader, number in meta["passes"].items()}
+            self.first_epoch = meta["epoch"]
+        if "hypers" in meta:
+            for optimizer, groups in zip(self._optimizers, meta["hypers"], strict=True):
+                set_hypers(optimizer, groups)
+            self._hypers = [hypers(o) for o in self._optimizers]
+
+    # ---- schedules ------------------------------------------------------------------------------------------------
+    def own_schedule(self, number: int, scheduler: LRScheduler) -> None:
+        """A schedule steps where its optimizer does: once for each update, or once for each pass, whoever says so."""
+
+        @functools.wraps(scheduler.step)
+        def told(*args: Any, **kwargs: Any) -> None:
+            which = f"update {self.version}" if self._in_pass else f"epoch {self._loop.epoch}"
+            values = [float(a) for a in (*args, *kwargs.values()) if a is not None]
+            for connection in self._servers:
+                connection.send(Say.SCHEDULE, {"schedule": number, "which": which, "args": values})
+
+        scheduler.step = told  # type: ignore[method-assign]
+
+    # ---- all together ---------------------------------------------------------------------------------------------
+    def together(self, tag: str) -> tuple[int, int]:
+        """Come to a point with all workers, and read the same parameters; which of how many this one is."""
+        self.gather(tag, "")
+        return self._place_now
+
+    def gather(self, tag: str, note: str) -> list[str]:
+        """Exchange notes with all workers, in the order of their ranks; afterwards all have the same parameters.
+
+        Raises:
+            StepError: PL402, they have come to another point.
+        """
+        with self._activity.during(Phase.WAIT, tag):
+            self._lead.send(Say.MEET, {"tag": tag, "note": note})
+            met = self._hear(self._lead, Say.MET).meta
+            self._place_now = met["rank"], met["size"]
+            self._pull(met["version"])
+        notes: list[str] = met["notes"]
+        return notes
+
+    def _pull(self, version: int) -> None:
+        assert self._kept is not None
+        assert self._memory is not None
+        for connection in self._servers:
+            connection.send(Say.PULL, {"version": version})
+        for connection in self._servers:
+            self._hear(connection, Say.PULLED)
+        self._kept.read_buffers(self._memory)
+        self.version = version
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+    def close(self, *, whole: bool) -> None:
+        """The script has ended, well (`whole`) or not. Idempotent."""
+        for number, connection in enumerate(self._servers):
+            try:
+                if whole and number == 0:
+                    connection.send(Say.BYE, {}, timeout=1.0)
+            except PacelineError:
+                pass  # it is gone already
+            connection.close()
+        self._servers.clear()
+        if self._memory is not None:
+            self._memory.close()
+
+    # ---- messages -------------------------------------------------------------------------------------------------
+    @property
+    def _lead(self) -> Connection:
+        return self._servers[0]
+
+    def _hear(self, connection: Connection, kind: Say) -> Frame:
+        """Wait for the message of this kind. Fresh parameters may come before it.
+
+        Raises:
+            StepError, AdoptError: A server refuses this worker.
+            PeerLost: PL460, the server is gone.
+        """
+        place = (
+            self._kept.place_for(self._memory, self._servers.index(connection))
+            if self._memory is not None and self._kept is not None
+            else None
+        )
+        while True:
+            try:
+                frame = connection.try_recv(_SLICE, place)
+            except PeerLost as error:
+                self._check()
+                raise PeerLost("PL460", f"the server at {connection.peer} is gone: {error.message}") from error
+            if frame is None:
+                self._check()
+            elif frame.kind == Say.REFUSE:
+                raise _refused(frame.meta)
+            elif frame.kind == kind:
+                return frame
+            elif frame.kind == Say.GO:
+                self._arrived(frame, self._seq)
+            else:
+                raise StepError("PL462", f"the server at {connection.peer} said {frame.kind} where {kind.name} was due")
+
+
+def reach(open: Callable[[str], Connection], address: str, check: Callable[[], None]) -> Connection:
+    """Connect to a server, which may be starting still.
+
+    Args:
+        open: Connects, or raises.
+        check: Called again and again while this waits.
+
+    Raises:
+        PeerLost: PL460, there is none.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return open(address)
+        except PacelineError as error:
+            if error.code != "PL433" or time.monotonic() > deadline:
+                raise PeerLost("PL460", f"the server at {address} cannot be reached: {error.message}") from error
+        check()
+        time.sleep(_SOON)
+
+
+def _refused(meta: Mapping[str, Any]) -> PacelineError:
+    code = meta["code"] if meta["code"] in EXPLANATIONS else "PL462"
+    kind = AdoptError if code.startswith("PL3") else StepError
+    return kind(code, str(meta["message"]))
+
+
+def refuse(scalers: Sequence[Any], schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:
+    """Raise AdoptError PL463 for what cannot work with servers."""
+    if scalers:
+        raise AdoptError("PL463", "a GradScaler was adopted: it decides about steps that the servers take")
+    for optimizer in optimizers:
+        known = any(scheduler.optimizer is optimizer for scheduler in schedulers)
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not known:
+            raise AdoptError("PL463", "the learning rate has a schedule that was not adopted")

@@ -1,0 +1,236 @@
+"""What one server keeps: its stretch of the parameters, the optimizer's state for it, and what is done to them.
+
+The optimizer is the user's own object, made by the same script: its groups are given this server's pieces instead of the whole
+parameters. Everything is done in the order in which the lead says so, which makes all servers pass through the same versions.
+
+DC-ASGD (Zheng et al., ICML 2017, arXiv 1609.08326): a gradient g that was computed at w_read and is applied at w becomes
+``g + lambda * g * g * (w - w_read)``; what was read lies still in the worker's memory. Its norm is kept at most that of g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paceline.exchange.corrections import Delay
+from paceline.group.secure import Connection
+from paceline.train.keeping import Kept, hypers, set_hypers
+from paceline.train.memory import Memory, views
+
+_EPSILON = 1e-7  # of the paper
+
+
+@dataclass(eq=False)
+class Guest:
+    """A worker, as a server sees it.
+
+    Attributes:
+        memory: Its memory, or what has come of it.
+        pushes: Messages of pushes that were not dealt with, by sequence number.
+        told: The settings of optimizers that it knows, see ``Shard.stamp``.
+        gone: Its connection has ended.
+    """
+
+    name: str
+    connection: Connection
+    memory: Memory
+    pushes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    told: int = 0
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One push in an update: whose, how much it counts, and the gradients, one flat tensor an item."""
+
+    message: Mapping[str, Any]
+    scale: float
+    grads: Sequence[Tensor]
+    read: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Elements of one parameter that this server keeps, as the optimizer sees them."""
+
+    item: int
+    start: int
+    stop: int
+    param: nn.Parameter
+    square: Tensor | None = None  # running mean of g*g, for the adaptive correction
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.stop].view(self.param.shape)
+
+
+class Shard:
+    """This server's part of the job.
+
+    Args:
+        kept: What all have.
+        index: Which server this is.
+        delay: How gradients that are late are corrected, or None.
+
+    Attributes:
+        version: Updates applied so far.
+        stamp: Counts changes of the settings of optimizers.
+    """
+
+    def __init__(self, kept: Kept, index: int, delay: Delay | None) -> None:
+        self.kept, self.index, self.version, self.stamp = kept, index, 0, 0
+        self._delay = delay
+        self.memory = Memory(kept.layout, kept.buffer_layout, shared=False)
+        with torch.no_grad():
+            for p, flat in zip(kept.params, self.memory.params, strict=True):
+                flat.view(p.shape).copy_(p)
+        kept.move_into(self.memory)
+        self._runs = kept.layout.runs(index)
+        self._aside: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
+        self._scheduled: dict[int, set[str]] = {}
+        self._pieces = [self._own(optimizer) for optimizer in kept.optimizers]
+
+    def _own(self, optimizer: torch.optim.Optimizer) -> list[_Piece]:
+        """Give the optimizer this server's pieces. Whole parameters stay the objects that they are."""
+        mine: dict[int, list[tuple[int, int]]] = {}
+        for stretch in self.kept.layout.of(self.index):
+            mine.setdefault(stretch.item, []).append((stretch.start, stretch.stop))
+        found = []
+        for group in optimizer.param_groups:
+            pieces = []
+            for p in group["params"]:
+                item = self.kept.number.get(p)
+                for start, stop in mine.get(item, []) if item is not None else []:
+                    whole = stop - start == p.numel()
+                    part = p if whole else nn.Parameter(p.data.view(-1)[start:stop])
+                    pieces.append(_Piece(item if item is not None else -1, start, stop, part))
+            group["params"] = [piece.param for piece in pieces]
+            found += pieces
+        return found
+
+    # ---- what is done, in order -------------------------------------------------------------------------------------
+    def keep(self, guest: Guest, seq: int) -> None:
+        """Copy a push aside: its memory will be written to."""
+        raw = guest.memory.raw_grads.clone()
+        buffers = guest.memory.raw_buffers.clone()
+        self._aside[guest.name, seq] = (views(raw, self.kept.layout), views(buffers, self.kept.buffer_layout))
+
+    def part(self, guest: Guest, seq: int, message: Mapping[str, Any], scale: float) -> Part:
+        """A push that is to be applied, from where it lies."""
+        aside = self._aside.pop((guest.name, seq), None)
+        if aside is not None:
+            return Part(message, scale, aside[0], (), aside[1])
+        return Part(message, scale, guest.memory.grads, guest.memory.params, guest.memory.buffers)
+
+    def drop(self, name: str, seq: int) -> None:
+        """Forget a push."""
+        self._aside.pop((name, seq), None)
+
+    def apply(self, version: int, parts: Sequence[Part], *, skip: bool) -> None:
+        """One update: the weighted mean of the parts, and a step of the optimizer that they are for."""
+        assert version == self.version + 1, "updates are applied in order"
+        self.version = version
+        for part in parts:
+            self._heed(part.message)
+        counted = [part for part in parts if part.scale]
+        if not skip and counted:
+            with torch.no_grad():
+                self._step(counted)
+                self._mix_buffers(counted)
+
+    def _heed(self, message: Mapping[str, Any]) -> None:
+        """A worker's script has changed settings of an optimizer: they are settings of this one from now on."""
+        if "hypers" in message:
+            optimizer = self.kept.optimizers[message["optimizer"]]
+            set_hypers(optimizer, message["hypers"])
+            self.stamp += 1
+
+    def _step(self, parts: Sequence[Part]) -> None:
+        number = parts[0].message["optimizer"]
+        scales = self._scales(parts)
+        absent = [set(part.message["absent"]) for part in parts]
+        for piece in self._pieces[number]:
+            there = [i for i in range(len(parts)) if piece.item not in absent[i]]
+            piece.param.grad = self._gradient(piece, [(parts[i], scales[i]) for i in there]) if there else None
+        self.kept.optimizers[number].step()
+        for piece in self._pieces[number]:
+            piece.param.grad = None
+
+    def _scales(self, parts: Sequence[Part]) -> list[float]:
+        """What each part is multiplied by: its share of the weights, unless it is a sum already."""
+        total = sum(part.message["weight"] for part in parts)
+        return [
+            part.scale if part.message["sum"] or len(parts) == 1 else part.scale * part.message["weight"] / total
+            for part in parts
+        ]
+
+    def _gradient(self, piece: _Piece, parts: Sequence[tuple[Part, float]]) -> Tensor:
+        """The weighted sum, in the order given; one part that counts whole is used where it lies."""
+        (first, scale), *others = parts
+        total = self._corrected(piece, first)
+        if scale != 1.0 or others:
+            total = total * scale
+        for part, scale in others:
+            total.add_(self._corrected(piece, part), alpha=scale)
+        return total
+
+    def _corrected(self, piece: _Piece, part: Part) -> Tensor:
+        gradient = piece.of(part.grads[piece.item])
+        if self._delay is None or not part.read:
+            return gradient
+        moved = piece.param.detach() - piece.of(part.read[piece.item])
+        factor: Tensor | float = self._delay.strength
+        if self._delay.memory is not None:
+            if piece.square is None:
+                piece.square = torch.zeros_like(gradient)
+            piece.square.mul_(self._delay.memory).addcmul_(gradient, gradient, value=1 - self._delay.memory)
+            factor = self._delay.strength / (piece.square + _EPSILON).sqrt()
+        extra = gradient * gradient * moved * factor
+        norm, limit = float(extra.norm()), float(gradient.norm())
+        if norm > limit:
+            extra.mul_(limit / norm)
+        return gradient + extra
+
+    def _mix_buffers(self, parts: Sequence[Part]) -> None:
+        """Running statistics: the mean over the parts, in the order given. Whole numbers: those of the first."""
+        if self.index:
+            return
+        total = sum(part.message["weight"] for part in parts) or 1.0
+        for number, own in enumerate(self.memory.buffers):
+            if not own.is_floating_point() or len(parts) == 1:
+                own.copy_(parts[0].buffers[number])
+                continue
+            own.zero_()
+            for part in parts:
+                own.add_(part.buffers[number], alpha=part.message["weight"] / total)
+
+    # ---- schedules ------------------------------------------------------------------------------------------------
+    def schedule(self, number: int, which: str, args: Sequence[float]) -> None:
+        """A worker's script has stepped a schedule; every occasion counts once, whoever tells of it."""
+        done = self._scheduled.setdefault(number, set())
+        if which not in done:
+            done.add(which)
+            step: Any = self.kept.schedulers[number].step
+            step(*args)
+            self.stamp += 1
+
+    def settings(self) -> list[list[dict[str, Any]]]:
+        """Of all optimizers."""
+        return [hypers(optimizer) for optimizer in self.kept.optimizers]
+
+    # ---- answers --------------------------------------------------------------------------------------------------
+    def put(self, guest: Guest) -> list[memoryview]:
+        """Put this server's parameters where the worker reads them; or the bytes that must travel there."""
+        if guest.memory.shared:
+            for begin, end in self._runs:
+                guest.memory.raw_params[begin:end].copy_(self.memory.raw_params[begin:end])
+            if self.index == 0:
+                guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
+            return []
+        for begin, end in self._runs:  # what was read, for the correction
+            guest.memory.raw_params[begin:end].copy_(self.memory.raw_params[begin:end])
+        return self.kept.answered(guest.memory, self.index)

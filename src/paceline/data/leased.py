@@ -60,8 +60,14 @@ class Leases(Protocol):
             origin: Those of this worker, as JSON.
         """
 
+    def drawn(self, loader: int, after: str) -> None:
+        """The order of the pass is drawn; the random states since then, as JSON."""
+
     def origin(self, loader: int, epoch: int) -> str:
         """The random states of a pass that others have begun."""
+
+    def ends(self, loader: int) -> None:
+        """The loop has come to the end of a pass."""
 
     def given(self, piece: Any, rows: Slice) -> None:
         """The loop gets this piece now."""
@@ -102,6 +108,7 @@ class LeasedFeed(Feed):
         if theirs != mine:
             sources.restore(_from_json(theirs))
         order = self._orders[self._epoch] = self._drawn_order(self._epoch)
+        self._leases.drawn(self._index, json.dumps(_to_json(sources.snapshot())))
         while len(self._orders) > _REMEMBERED:
             del self._orders[next(iter(self._orders))]
         return LeasedPass(self._leases, order, self._earlier, self._loader, self._hooks, self._activity)
@@ -193,6 +200,7 @@ class LeasedPass(Iterator[Any]):
         with self._activity.during(Phase.INPUT, "next batch"):
             found = self._read_ahead() or self._read()
         if found is None:
+            self._leases.ends(self._order.loader)
             raise StopIteration
         (piece, own), rows = found
         self._leases.given(piece, own)

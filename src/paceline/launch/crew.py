@@ -199,7 +199,7 @@ class Crew:
         order = self._order
         coordination: Coordination | Host | Servers
         if self._servers:
-            coordination = Servers(self._servers, self._run, self._start_server)
+            coordination = Servers(self._servers, self._run, bool(order.plan.checkpoint), self._start_server)
         else:
             coordination = order.host or Coordination(order.plan, order.listen, self._run, members)
         coordination.__enter__()
@@ -253,11 +253,12 @@ class Crew:
         self._on_page[slot] = child
         return child
 
-    def _start_server(self, number: int) -> Child:
-        """Start one of the parameter servers. Raises UsageError PL103."""
+    def _start_server(self, number: int, again: bool) -> Child:
+        """Start one of the parameter servers, `again` where one has died. Raises UsageError PL103."""
         place = self._place(0, len(self._on_page) + number, secrets.token_hex(16))
+        place = replace(place, name=f"server-{number}", serves=number)
         try:
-            return self._spawn(replace(place, name=f"server-{number}", serves=number), -1)
+            return self._spawn(replace(place, plan=replace(place.plan, resume="auto")) if again else place, -1)
         except OSError as error:
             message = f"the system refused a process for server {number}: {error.strerror}"
             raise UsageError("PL103", message, help="raise the limits (`ulimit -u`, `ulimit -n`).") from error

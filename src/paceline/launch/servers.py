@@ -24,6 +24,7 @@ from paceline.observe.failure import signal_name
 
 _FAREWELL = 10.0  # seconds that servers have to end when all workers have
 _PAUSE = 0.01
+_RESTARTS = 20  # of one run; more have a cause that starting again does not mend
 
 
 class Servers:
@@ -32,7 +33,8 @@ class Servers:
     Args:
         count: How many.
         run: For their logs, and the secret.
-        start: Starts the process of a server, given its number.
+        saves: The run makes checkpoints, from which other servers can take over.
+        start: Starts the process of a server, given its number and whether it takes over.
 
     Attributes:
         addresses: Where they listen, the lead first.
@@ -43,13 +45,14 @@ class Servers:
     child: Child | None = None
     address = ""
 
-    def __init__(self, count: int, run: RunDirectory, start: Callable[[int], Child]) -> None:
-        self._run, self._start = run, start
+    def __init__(self, count: int, run: RunDirectory, saves: bool, start: Callable[[int, bool], Child]) -> None:
+        self._run, self._saves, self._start = run, saves, start
         self.addresses = tuple(f"unix:@paceline-{secrets.token_hex(8)}" for _ in range(count))
         self._doors = [f"unix:@paceline-{secrets.token_hex(8)}"]
         self.children: list[Child] = []
         self._last_words: dict[str, str] = {}
         self._faults: dict[str, str] = {}
+        self._restarts = 0
         self.lost = ""
 
     def __enter__(self) -> Servers:
@@ -74,7 +77,7 @@ class Servers:
     def begin(self) -> None:
         """Start them all."""
         for number in range(len(self.addresses)):
-            self.children.append(self._start(number))
+            self.children.append(self._start(number, False))
 
     def open(
         self,
@@ -84,13 +87,16 @@ class Servers:
         answer: Answer,
     ) -> None:
         """The loop begins. See ``Coordination.open``."""
-        self._selector, self._say = selector, say
+        self._selector, self._say, self._enlist = selector, say, enlist
         for child in self.children:
-            for fd in child.outputs:
-                selector.register(fd, selectors.EVENT_READ, partial(self._on_output, child, fd))
-            selector.register(child.report_fd, selectors.EVENT_READ, partial(self._on_reports, child))
-            selector.register(child.pidfd, selectors.EVENT_READ, partial(self._on_exit, child))
+            self._listen_to(child)
         self._control.open(selector, answer)
+
+    def _listen_to(self, child: Child) -> None:
+        for fd in child.outputs:
+            self._selector.register(fd, selectors.EVENT_READ, partial(self._on_output, child, fd))
+        self._selector.register(child.report_fd, selectors.EVENT_READ, partial(self._on_reports, child))
+        self._selector.register(child.pidfd, selectors.EVENT_READ, partial(self._on_exit, child))
 
     def endpoints(self) -> list[tuple[str, str, str]]:
         """Name, address and purpose of every listening socket."""
@@ -142,8 +148,26 @@ class Servers:
             if fd in registered:
                 self._selector.unregister(fd)
         child.close()
-        if child.status:
-            self.lost = f"{child.name} {self._how(child)}"
+        if child.status and child in self.children:
+            self._lose(child)
+
+    def _lose(self, child: Child) -> None:
+        """A server is gone, and with it what it kept: others take over from the last checkpoint, all of them, or the run is lost."""
+        assert child.status is not None
+        how = f"{child.name} {self._how(child)}"
+        if child.status > 0 or not self._saves or self._restarts >= _RESTARTS:
+            self.lost = how
+            return
+        self._restarts += 1
+        gone, self.children = self.children, []
+        for other in gone:
+            other.signal(signal.SIGKILL)
+        self._say([f"{how}; servers are started again from the newest checkpoint, and workers wait for them"])
+        for number in range(len(self.addresses)):
+            other = self._start(number, True)
+            self.children.append(other)
+            self._listen_to(other)
+        self._enlist()
 
     def _how(self, child: Child) -> str:
         assert child.status is not None

@@ -18,6 +18,7 @@ from paceline.train.divided import ELEMENTWISE
 from paceline.train.memory import Memory, items
 from paceline.train.shards import Layout, lay_out
 from paceline.train.state import neutral
+from paceline.train.tree import names_of
 
 
 class Kept:
@@ -27,10 +28,11 @@ class Kept:
         models: By label.
         optimizers, schedulers: Adopted.
         servers: How many there are.
+        description: See :func:`described`.
 
     Attributes:
-        params: In the order of the layout.
-        description: The same text on processes that hold the same.
+        params: In the order of the layout; `number` is the inverse.
+        names: Of all parameters, frozen ones too.
 
     Raises:
         AdoptError: PL304, an optimizer has a parameter of no adopted model; PL463, a parameter is not on the processor.
@@ -42,18 +44,19 @@ class Kept:
         optimizers: Sequence[Optimizer],
         schedulers: Sequence[LRScheduler],
         servers: int,
+        description: str,
     ) -> None:
+        self.description = description
         named = _trained(models)
         self.optimizers, self.schedulers = list(optimizers), list(schedulers)
         self.params = [p for _, p in named]
         self.number = {p: i for i, p in enumerate(self.params)}
+        self.names = names_of(models)
         self._check(named)
         self.buffers = _buffers(models)
         split = all(type(o) in ELEMENTWISE for o in optimizers)
         self.layout: Layout = lay_out(items(named), servers, split=split)
         self.buffer_layout: Layout = lay_out(items(self.buffers), 1, split=False)
-        told = [*describe(models, optimizers), *(type(s).__qualname__ for s in schedulers), f"{servers} servers"]
-        self.description = hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def _check(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         for name, p in named:
@@ -64,7 +67,7 @@ class Kept:
         for optimizer in self.optimizers:
             for number, group in enumerate(optimizer.param_groups):
                 for position, p in enumerate(group["params"]):
-                    if p.requires_grad and p not in self.number:
+                    if p not in self.names:
                         message = f"{type(optimizer).__name__}: parameter {position} of group {number} belongs to no adopted model"
                         raise AdoptError("PL304", message)
 
@@ -120,6 +123,14 @@ class Kept:
         if memory.handle:
             return None
         return lambda kind, meta, lengths: self.answered(memory, server)
+
+
+def described(
+    models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler], servers: int
+) -> str:
+    """A text that is the same for processes that hold the same, when their scripts have adopted it and nothing was trained."""
+    told = [*describe(models, optimizers), *(type(s).__qualname__ for s in schedulers), f"{servers} servers"]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _views(tensors: Sequence[Tensor]) -> list[memoryview]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from paceline.exchange.server import (
     Apply,
@@ -32,13 +34,23 @@ from paceline.exchange.server import (
 from paceline.terms.errors import StepError
 from paceline.terms.event import Event as Report
 from paceline.terms.event import Sink
-from paceline.train.ledger import Ledger
+from paceline.train.ledger import Ledger, Range
+from paceline.train.served_state import PieceState, optimizer_trees
 from paceline.train.shard import Shard
 from paceline.train.talk import Say
 
 _ORIGINS = 64
 _TOGETHER = 20.0  # seconds that the first worker waits for the others
 _REPORT_EVERY = 1.0  # seconds between two reports of staleness
+
+
+class Hands(Protocol):
+    """See ``serve.Server``."""
+
+    shard: Shard
+
+    def carry_out(self, entry: Mapping[str, Any]) -> None: ...
+    def collect(self) -> list[PieceState]: ...
 
 
 class Lead:
@@ -50,10 +62,10 @@ class Lead:
         sink: Where events go.
         stream: The random state that orders are drawn from, for all workers.
         workers: How many the run begins with.
-        on_update: Called after each update, with its version.
 
     Attributes:
         done: All workers have ended well.
+        on_boundary: Called between two updates, with the number of those that are applied.
     """
 
     def __init__(
@@ -63,27 +75,29 @@ class Lead:
         sink: Sink,
         stream: bytes,
         workers: int,
-        on_update: Callable[[int], None] = lambda version: None,
     ) -> None:
         self.core = ServerCore(rule)
-        self._ledger, self._sink, self._stream, self._on_update = ledger, sink, stream, on_update
+        self._ledger, self._sink, self._stream = ledger, sink, stream
+        self.on_boundary: Callable[[int], None] = lambda version: None
         self._members: list[str] = []  # in the order in which they came
         self._ended: set[str] = set()
         self._group = 0  # counts who has come and gone
-        self._samples, self.round = 0, 0
+        self._rule, self.samples, self.round = rule, 0, 0
+        self._done: dict[tuple[int, int], list[Range]] = {}  # rows of passes that are not over
         self._passes: dict[int, int] = {}
         self._origins: dict[tuple[int, int], str] = {}
+        self._after: dict[str, Any] = {}
+        self._restored = False
         self._orders: dict[tuple[int, int], tuple[int, int, int]] = {}
         self._awaited = 0
         self._waiting: list[str] = []
         self._workers, self._first = workers, 0.0
         self._between = False  # all have met, and nobody has asked for a batch since
         self._reported = 0.0
-        self._carry_out: Callable[[Mapping[str, Any]], None] = lambda entry: None
 
-    def begin(self, shard: Shard, carry_out: Callable[[Mapping[str, Any]], None], others: int) -> None:
+    def begin(self, hands: Hands, others: int) -> None:
         """The server is there. `others`: servers that have not entered yet; no worker begins before they have."""
-        self._shard, self._carry_out, self._awaited = shard, carry_out, others
+        self._hands, self._awaited = hands, others
 
     @property
     def done(self) -> bool:
@@ -111,44 +125,80 @@ class Lead:
         return {"stream": base64.b64encode(self._stream).decode()}
 
     def hear(self, name: str, kind: int, meta: Mapping[str, Any]) -> None:
-        """A message of a worker. Raises StepError PL462 for one that means nothing."""
+        """A message of a worker. Raises StepError PL462 for one that makes no sense."""
+        try:
+            act = self._understand(name, kind, meta)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StepError("PL462", f"{name}: a message of kind {kind} that makes no sense ({error!r})") from error
+        act()
+
+    def _understand(self, name: str, kind: int, meta: Mapping[str, Any]) -> Callable[[], None]:
+        """What is to be done about a message; nothing is done yet."""
         match kind:
+            case Say.STEP:
+                covers = tuple(Piece(*piece) for piece in meta["covers"])
+                step = Step(name, int(meta["seq"]), float(meta["weight"]), covers, bool(meta["finite"]))
+                return partial(self._take, step)
             case Say.READY:
-                self._waiting.append(name)
-                self._first = self._first or time.monotonic()
-                self.admit()
+                return partial(self._ready, name)
             case Say.ASK:
-                self.round, self._between = max(self.round, int(meta["round"])), False
-                self.admit()
-                self._take(Ask(name, int(meta["loader"]), int(meta["epoch"]), bool(meta["ahead"])))
+                ask = Ask(name, int(meta["loader"]), int(meta["epoch"]), bool(meta["ahead"]))
+                return partial(self._asked, ask, int(meta["round"]))
             case Say.OVER:
                 place = int(meta["loader"]), int(meta["epoch"])
-                self._orders[place] = int(meta["batches"]), int(meta["rows"]), int(meta["order"])
-                self._take(Over(name, *place, int(meta["batches"])))
+                order = int(meta["batches"]), int(meta["rows"]), int(meta["order"])
+                return partial(self._over, name, place, order)
             case Say.PASS:
                 place = int(meta["loader"]), int(meta["epoch"])
-                self._passes[place[0]] = max(self._passes.get(place[0], 0), place[1])
-                origin = self._origins.setdefault(place, str(meta["origin"]))
-                self._carry_out({"do": "origin", "worker": name, "origin": origin})
-                self._forget_origins()
+                return partial(self._begins, name, place, str(meta["origin"]), fresh=bool(meta["fresh"]))
+            case Say.DRAWN:
+                after = json.loads(meta["after"])
+                return partial(self._drawn, int(meta["loader"]), after["stream"], after["held"])
             case Say.SKIP:
-                self._take(Skip(name, tuple(Piece(*piece) for piece in meta["pieces"])))
+                return partial(self._take, Skip(name, tuple(Piece(*piece) for piece in meta["pieces"])))
             case Say.MEET:
-                self._take(Meet(name, str(meta["tag"]), str(meta["note"])))
+                return partial(self._meet, Meet(name, str(meta["tag"]), str(meta["note"])), meta["stream"])
             case Say.BYE:
-                self._ended.add(name)
-            case _:
-                raise StepError("PL462", f"{name} said {kind}, which means nothing here")
+                return partial(self._ended.add, name)
+        raise ValueError("it means nothing here")
 
-    def _forget_origins(self) -> None:
-        """Of passes that are over long since."""
+    def _ready(self, name: str) -> None:
+        self._waiting.append(name)
+        self._first = self._first or time.monotonic()
+        self.admit()
+
+    def _asked(self, ask: Ask, epoch: int) -> None:
+        self.round, self._between = max(self.round, epoch), False
+        self.admit()
+        self._take(ask)
+
+    def _over(self, name: str, place: tuple[int, int], order: tuple[int, int, int]) -> None:
+        self._orders[place] = order
+        self._take(Over(name, *place, order[0]))
+
+    def _meet(self, meet: Meet, stream: Mapping[str, Any]) -> None:
+        if self._after:
+            self._after["stream"] = stream
+        self._take(meet)
+
+    def _drawn(self, loader: int, stream: Mapping[str, Any], held: Sequence[Any]) -> None:
+        """What the next pass will be drawn from, unless something else is drawn before: for a run that is gone on with."""
+        self._after["stream"] = stream
+        self._after.setdefault("held", {})[str(loader)] = held
+
+    def _begins(self, name: str, place: tuple[int, int], mine: str, *, fresh: bool) -> None:
+        """A pass begins for a worker: its order is drawn from where the first one who came there drew it.
+
+        Who is `fresh` has drawn nothing yet, and in a run that is gone on with does not know where its stream stands.
+        """
+        self._passes[place[0]] = max(self._passes.get(place[0], 0), place[1])
+        held = self._after.get("held", {}).get(str(place[0]))
+        if fresh and held is not None and self._restored:
+            mine = json.dumps({"stream": self._after["stream"], "held": held})
+        origin = self._origins.setdefault(place, mine)
+        self._hands.carry_out({"do": "origin", "worker": name, "origin": origin})
         while len(self._origins) > _ORIGINS:
             del self._origins[next(iter(self._origins))]
-
-    def step(self, name: str, meta: Mapping[str, Any]) -> None:
-        """A push has come."""
-        covers = tuple(Piece(*piece) for piece in meta["covers"])
-        self._take(Step(name, int(meta["seq"]), float(meta["weight"]), covers, bool(meta["finite"])))
 
     def left(self, name: str) -> None:
         """A worker is gone."""
@@ -166,10 +216,12 @@ class Lead:
 
     # ---- what is decided ----------------------------------------------------------------------------------------------
     def _take(self, event: Event) -> None:
+        if isinstance(event, Step):  # by now schedules have stepped after the last update
+            self.on_boundary(self.core.version)
         for instruction in self.core.handle(event, time.monotonic()):
             entry = self._entry(instruction)
             if entry is not None:
-                self._carry_out(entry)
+                self._hands.carry_out(entry)
 
     def _entry(self, instruction: Instruction) -> dict[str, Any] | None:
         match instruction:
@@ -193,16 +245,18 @@ class Lead:
             case Refuse(worker, code, message):
                 return {"do": "refuse", "worker": worker, "code": code, "message": message}
             case Closed(loader, epoch, batches):
+                self._done.pop((loader, epoch), None)
                 _, rows, order = self._orders.get((loader, epoch), (batches, 0, 0))
                 self._ledger.epoch_end(loader, epoch, rows, batches, True, order)
         return None
 
     def applied(self, version: int, messages: Sequence[Mapping[str, Any]], *, skip: bool) -> None:
         """An update was applied: write down what it consumed."""
-        ranges = [tuple(row) for message in messages for row in message["rows"]]
-        self._samples += sum(row[5] for row in ranges)
+        ranges: list[Range] = [tuple(row) for message in messages for row in message["rows"]]
+        self.samples += sum(row[5] for row in ranges)
+        for row in ranges:
+            self._done.setdefault((row[0], row[1]), []).append(row)
         self._ledger.commit(version, ranges, skipped=skip)
-        self._on_update(version)
         now = time.monotonic()
         if now - self._reported > _REPORT_EVERY:
             self._reported = now
@@ -214,9 +268,54 @@ class Lead:
         if entry["seq"] == 0:  # where the others are
             told["passes"] = {str(loader): number - 1 for loader, number in self._passes.items()}
             told["epoch"] = self.round
-        return {**told, "samples": self._samples, "group": self._group, "members": self._members}
+        return {**told, "samples": self.samples, "group": self._group, "members": self._members}
 
-    def report(self) -> None:
+    # ---- the state --------------------------------------------------------------------------------------------------
+    def optimizers(self) -> dict[str, Any]:
+        """The optimizers' part of the state, after the last update. Parameters of all servers are in the lead's models then."""
+        pieces, shard = self._hands.collect(), self._hands.shard
+        return optimizer_trees(shard.kept, shard.groups, pieces)
+
+    def state(self) -> dict[str, Any]:
+        """What is done, as JSON."""
+        return {
+            "core": self.core.state(),
+            "samples": self.samples,
+            "round": self.round,
+            "passes": {str(loader): number for loader, number in self._passes.items()},
+            "origins": [[*place, origin] for place, origin in self._origins.items()],
+            "orders": [[*place, *order] for place, order in self._orders.items()],
+            "after": self._after,
+            "scheduled": {number: list(done) for number, done in self._hands.shard.scheduled.items()},
+            "done": [list(row) for rows in self._done.values() for row in rows],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.core = ServerCore.load(self._rule, dict(state["core"]))
+        self.samples, self.round = state["samples"], state["round"]
+        self._after, self._restored = dict(state["after"]), True
+        self._passes = {int(loader): number for loader, number in state["passes"].items()}
+        self._origins = {(loader, epoch): origin for loader, epoch, origin in state["origins"]}
+        self._orders = {
+            (loader, epoch): (batches, rows, order) for loader, epoch, batches, rows, order in state["orders"]
+        }
+        for row in state["done"]:
+            self._done.setdefault((row[0], row[1]), []).append(tuple(row))
+        self._ledger.resumed(self.core.version, [row for rows in self._done.values() for row in rows])
+
+    def report(self, *, last: bool = False) -> None:
         """Say how late updates were, by worker."""
-        histogram = {name: {str(tau): n for tau, n in counts.items()} for name, counts in self.core.histogram.items()}
+        counts = self.core.histogram
+        histogram = {name: {str(tau): n for tau, n in sorted(own.items())} for name, own in sorted(counts.items())}
         self._sink(Report("staleness", self.core.version, {"histogram": histogram}))
+        if last and not self._rule.synchronous and self.core.version:
+            said = ", ".join(
+                f"{name} {_mean(own):.1f} (at most {max(own)})" for name, own in sorted(counts.items()) if own
+            )
+            message = f"staleness, in updates by others between read and application: {said}"
+            self._sink(Report("notice", self.core.version, {"message": message}))
+
+
+def _mean(histogram: Mapping[int, int]) -> float:
+    return sum(tau * n for tau, n in histogram.items()) / max(1, sum(histogram.values()))

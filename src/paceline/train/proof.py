@@ -41,10 +41,12 @@ def load(run_dir: Path) -> Lines:
 
     The last line of a process that was killed may be torn; then it was not written.
     """
-    return joined([_of(path) for path in (*earlier(run_dir), run_dir) if path == run_dir or (path / "ledger").is_dir()])
+    places = [path for path in (*earlier(run_dir), run_dir) if path == run_dir or (path / "ledger").is_dir()]
+    return joined([attempt for path in places for attempt in _of(path)])
 
 
-def _of(run_dir: Path) -> Lines:
+def _of(run_dir: Path) -> list[Lines]:
+    """The ledgers of one attempt; of several, where a server took over from one that had died: its file is ``server-0.2``."""
     files = sorted((run_dir / "ledger").glob("*.jsonl"))
     if not files:
         raise FileError(
@@ -52,7 +54,11 @@ def _of(run_dir: Path) -> Lines:
             f"{run_dir} has no ledger",
             help="the run wrote none: it had no adopted loader, or it never started.",
         )
-    return {file.stem: list(_lines(file)) for file in files}
+    attempts: dict[int, Lines] = {}
+    for file in files:
+        name, _, number = file.stem.partition(".")
+        attempts.setdefault(int(number or 1), {})[name] = list(_lines(file))
+    return [lines for _, lines in sorted(attempts.items())]
 
 
 def _lines(file: Path) -> Iterable[dict[str, Any]]:

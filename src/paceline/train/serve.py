@@ -16,14 +16,17 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+import torch
+
 from paceline.exchange.service import Service
 from paceline.group.frames import Frame
 from paceline.group.secure import Connection, Listener, connect
-from paceline.terms.errors import Aborted, AdoptError, PacelineError, PeerLost
+from paceline.terms.errors import Aborted, AdoptError, PacelineError, PeerLost, StepError
 from paceline.train.keeping import Kept
 from paceline.train.lead import Lead
 from paceline.train.memory import Memory
 from paceline.train.served import reach
+from paceline.train.served_state import PieceState, flatten, unflatten
 from paceline.train.shard import Guest, Part, Shard
 from paceline.train.talk import CAPS, Say
 
@@ -43,6 +46,7 @@ class Server:
         secret: Of the run.
         over: Whether the run is being ended.
         lead: Decides, where this is the lead; else None.
+        version: Of the parameters; more than 0 where they come from a checkpoint.
 
     Raises:
         WireError: PL407, the address cannot be had.
@@ -57,12 +61,15 @@ class Server:
         secret: bytes,
         over: Callable[[], bool],
         lead: Lead | None,
+        version: int = 0,
     ) -> None:
         self.shard = Shard(kept, index, service.delay)
+        self.shard.version = version
         self._kept, self._index, self._over, self._lead = kept, index, over, lead
         self._guests: dict[int, Guest] = {}
         self._by_name: dict[str, Guest] = {}
         self._peers: dict[int, Connection] = {}  # of the lead: the other servers
+        self._servers: dict[int, int] = {}  # their numbers
         self._entries: deque[Mapping[str, Any]] = deque()
         self._pulls: list[tuple[int, int]] = []
         self._connections: dict[int, Connection] = {}
@@ -76,11 +83,11 @@ class Server:
             stack.callback(self._close_all)
             if lead is None:
                 connection = reach(partial(connect, secret=secret, role="server", caps=CAPS), addresses[0], self._check)
-                connection.send(Say.ENTER, {"index": index, "is": kept.description})
+                connection.send(Say.ENTER, {"index": index, "is": kept.description, "version": version})
                 self._add(connection)
             self._listener = stack.enter_context(Listener(addresses[index], secret, "server", self._welcome, caps=CAPS))
             if lead is not None:
-                lead.begin(self.shard, self._carry_out, len(addresses) - 1)
+                lead.begin(self, len(addresses) - 1)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Server:
@@ -144,8 +151,6 @@ class Server:
                 if frame is None:
                     return False
                 self._hear(link, connection, guest, frame)
-            except (KeyError, TypeError, ValueError) as error:
-                self._refuse(link, "PL462", f"a message that cannot be understood: {error!r}")
             except PacelineError as error:
                 if connection.fileno() < 0 or error.code.startswith("PL43"):
                     self._drop(link)
@@ -161,50 +166,81 @@ class Server:
 
     # ---- what comes -------------------------------------------------------------------------------------------------
     def _hear(self, link: int, connection: Connection, guest: Guest | None, frame: Frame) -> None:
+        """Raises StepError PL462 for a message that makes no sense."""
+        try:
+            act = self._understand(link, connection, guest, frame)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StepError("PL462", f"a message of kind {frame.kind} that makes no sense ({error!r})") from error
+        act()
+
+    def _understand(self, link: int, connection: Connection, guest: Guest | None, frame: Frame) -> Callable[[], None]:
+        """What is to be done about a message; nothing is done yet."""
         meta = frame.meta
         if guest is None:
-            self._hear_stranger(link, connection, frame)
-        elif frame.kind == Say.STEP:
-            guest.pushes[int(meta["seq"])] = meta
-            if self._lead is not None:
-                self._lead.step(guest.name, meta)
-            self._go_on()
-        elif frame.kind == Say.SCHEDULE:
-            self.shard.schedule(int(meta["schedule"]), str(meta["which"]), meta["args"])
-        elif frame.kind == Say.PULL:
-            self._pulls.append((link, int(meta["version"])))
-            self._answer_pulls()
-        elif self._lead is not None:
-            self._lead.hear(guest.name, frame.kind, meta)
+            return self._understand_stranger(link, connection, frame)
+        match frame.kind:
+            case Say.STEP:
+                if not 0 <= int(meta["optimizer"]) < len(self._kept.optimizers):
+                    raise ValueError("there is no such optimizer")
+                return partial(self._pushed, guest, int(meta["seq"]), meta)
+            case Say.SCHEDULE:
+                number, args = int(meta["schedule"]), [float(value) for value in meta["args"]]
+                if not 0 <= number < len(self._kept.schedulers):
+                    raise ValueError("there is no such schedule")
+                return partial(self.shard.schedule, number, str(meta["which"]), args)
+            case Say.PULL:
+                return partial(self._pulled, link, int(meta["version"]))
+        if self._lead is None:
+            raise ValueError("it is for the lead")
+        return partial(self._lead.hear, guest.name, frame.kind, meta)
 
-    def _hear_stranger(self, link: int, connection: Connection, frame: Frame) -> None:
+    def _understand_stranger(self, link: int, connection: Connection, frame: Frame) -> Callable[[], None]:
+        meta = frame.meta
         match frame.kind:
             case Say.ATTACH:
-                self._attach(link, connection, frame.meta)
+                return partial(self._attach, link, connection, str(meta["name"]), str(meta["is"]), str(meta["handle"]))
             case Say.ENTER if self._lead is not None:
-                self._check_same(str(frame.meta["is"]), f"server {frame.meta['index']}")
-                self._peers[link] = connection
-                self._lead.entered()
+                return partial(self._enter, link, connection, int(meta["index"]), str(meta["is"]), int(meta["version"]))
             case Say.ENTRY if self._lead is None:
-                self._entries.append(frame.meta)
-                self._go_on()
-            case _:
-                self._drop(link)
+                return partial(self._note, meta)
+        raise ValueError("it comes from a stranger")
+
+    def _pushed(self, guest: Guest, seq: int, meta: Mapping[str, Any]) -> None:
+        guest.pushes[seq] = meta
+        if self._lead is not None:
+            self._lead.hear(guest.name, Say.STEP, meta)
+        self._go_on()
+
+    def _pulled(self, link: int, version: int) -> None:
+        self._pulls.append((link, version))
+        self._answer_pulls()
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        self._entries.append(entry)
+        self._go_on()
+
+    def _enter(self, link: int, connection: Connection, index: int, theirs: str, version: int) -> None:
+        """Another server is there."""
+        assert self._lead is not None
+        self._check_same(theirs, f"server {index}")
+        if version != self.shard.version:
+            raise AdoptError("PL303", f"server {index} goes on from another checkpoint than the lead")
+        self._peers[link], self._servers[link] = connection, index
+        self._lead.entered()
 
     def _check_same(self, theirs: str, who: str) -> None:
         if theirs != self._kept.description:
             raise AdoptError("PL303", f"{who} has other models, optimizers or schedules than server {self._index}")
 
-    def _attach(self, link: int, connection: Connection, meta: Mapping[str, Any]) -> None:
-        name = str(meta["name"])
-        self._check_same(str(meta["is"]), name)
-        memory = Memory(self._kept.layout, self._kept.buffer_layout, handle=str(meta["handle"]), shared=False)
+    def _attach(self, link: int, connection: Connection, name: str, theirs: str, handle: str) -> None:
+        self._check_same(theirs, name)
+        memory = Memory(self._kept.layout, self._kept.buffer_layout, handle=handle, shared=False)
         guest = Guest(name, connection, memory)
         self._guests[link] = self._by_name[name] = guest
         self._send(link, Say.WELCOME, self._lead.welcome() if self._lead is not None else {})
 
     # ---- what is done -----------------------------------------------------------------------------------------------
-    def _carry_out(self, entry: Mapping[str, Any]) -> None:
+    def carry_out(self, entry: Mapping[str, Any]) -> None:
         """The lead has decided: do it here, and tell the other servers."""
         if entry["do"] in ("grant", "met", "refuse", "origin"):
             self._tell(entry)
@@ -236,6 +272,12 @@ class Server:
                     self.shard.drop(guest.name, entry["seq"])
             case "go":
                 self._let_go(entry)
+            case "collect" if self._lead is None:
+                told, tensors = flatten(self.shard.pieces())
+                arrays: list[Any] = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors]
+                parts = [memoryview(array) for array in arrays]
+                (lead,) = [link for link in self._connections if link not in self._guests]
+                self._send(lead, Say.PART, {"pieces": told}, [*self.shard.told(), *parts])
         return True
 
     def _apply(self, entry: Mapping[str, Any]) -> bool:
@@ -313,6 +355,31 @@ class Server:
             elif link in self._guests:
                 self._send(link, Say.PULLED, {"version": self.shard.version}, self.shard.put(self._guests[link]))
         self._pulls = waiting
+
+    def collect(self) -> list[PieceState]:
+        """What all servers keep, after the last update; parameters go where they belong. Of the lead; waits for the others.
+
+        Raises:
+            PeerLost: One of them is gone.
+        """
+        found = self.shard.pieces()
+        for link in list(self._peers):
+            self._send(link, Say.ENTRY, {"do": "collect"})
+        for link, connection in list(self._peers.items()):
+            frame = self._part_of(link, connection)
+            places = self._kept.answered(self.shard.memory, self._servers[link])
+            for place, buffer in zip(places, frame.buffers, strict=False):
+                place[:] = buffer
+            found += unflatten(frame.meta["pieces"], frame.buffers[len(places) :])
+        return found
+
+    def _part_of(self, link: int, connection: Connection) -> Frame:
+        while True:
+            self._check()
+            frame = connection.try_recv(_BEAT)
+            if frame is not None and frame.kind == Say.PART:
+                return frame
+            self._flush(link)
 
     # ---- connections ------------------------------------------------------------------------------------------------
     def _send(self, link: int, kind: Say, meta: Mapping[str, Any], buffers: Sequence[memoryview] = ()) -> None:

@@ -15,7 +15,7 @@ import base64
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -33,9 +33,12 @@ from paceline.train.loop import Loop
 from paceline.train.memory import Memory
 from paceline.train.talk import Say
 
+T = TypeVar("T")
+
 PATIENCE = 60.0
 """Seconds that a worker waits for servers to begin."""
 
+_ORIGINS = 4
 _SLICE = 0.1  # seconds between two looks at the board
 _SOON = 0.02  # seconds between two attempts to connect
 
@@ -49,6 +52,7 @@ class Served:
         loop: Where the job stands.
         activity: Where waiting is shown.
         on_view: Told the number of the group and its members, whenever that has changed.
+        stream_now: The random state that orders are drawn from, as JSON.
 
     Attributes:
         version: Of the parameters that this worker has.
@@ -62,8 +66,10 @@ class Served:
         loop: Loop,
         activity: Activity,
         on_view: Callable[[int, list[str]], None],
+        stream_now: Callable[[], dict[str, Any]],
     ) -> None:
         self._place, self._open, self._loop, self._activity, self._on_view = place, connect, loop, activity, on_view
+        self._stream_now = stream_now
         self._servers: list[Connection] = []
         self._kept: Kept | None = None
         self._memory: Memory | None = None
@@ -74,8 +80,9 @@ class Served:
         self._factor = 1.0  # of gradients that arrive now, where several backwards make one step
         self._summed = False
         self._passes: dict[int, int] = {}
+        self._origins: dict[tuple[int, int], str] = {}  # of passes that may be open
         self._seq = self.version = self.staleness = 0
-        self._in_pass = False
+        self._in_pass, self._fresh = False, True
         self._place_now = (0, 1)
         self._group = -1
         self.stream = b""
@@ -93,19 +100,52 @@ class Served:
             self._kept = kept
             self._optimizers = kept.optimizers
             self._hypers = [hypers(o) for o in self._optimizers]
-            self._servers = [reach(self._open, address, self._check) for address in self._place.servers]
-            local = all(connection.peer.startswith("unix:") for connection in self._servers)
+            local = all(address.startswith("unix:") for address in self._place.servers)
             self._memory = Memory(kept.layout, kept.buffer_layout, shared=local)
-            meta = {"name": self._place.name, "handle": self._memory.handle, "is": kept.description}
-            for connection in self._servers:
-                connection.send(Say.ATTACH, meta)
-            welcomes = [self._hear(connection, Say.WELCOME).meta for connection in self._servers]
             kept.move_into(self._memory)
-            self._servers[0].send(Say.READY, {})
-            self.stream = base64.b64decode(welcomes[0]["stream"])
-            self._go(0)
+            meta = self._connect()
+            self._passes = {int(loader): number for loader, number in meta["passes"].items()}
+            self.first_epoch = meta["epoch"]
         for p in kept.params:
             p.register_hook(self._scaled)  # type: ignore[no-untyped-call]
+
+    def _connect(self) -> Mapping[str, Any]:
+        """Become a worker of the servers; what the lead says first."""
+        assert self._kept is not None
+        assert self._memory is not None
+        self._servers = [reach(self._open, address, self._check) for address in self._place.servers]
+        meta = {"name": self._place.name, "handle": self._memory.handle, "is": self._kept.description}
+        for connection in self._servers:
+            connection.send(Say.ATTACH, meta)
+        welcomes = [self._hear(connection, Say.WELCOME).meta for connection in self._servers]
+        self.stream = base64.b64decode(welcomes[0]["stream"])
+        self._lead.send(Say.READY, {})
+        frame = self._hear(self._lead, Say.GO)
+        self._arrived(frame, 0)
+        return frame.meta
+
+    def _lasting(self, call: Callable[[], T]) -> T:
+        """Make a call; once more, when the servers have died and others have taken over from them."""
+        while True:
+            try:
+                return call()
+            except PeerLost:
+                self._reconnect()
+
+    def _reconnect(self) -> None:
+        """The servers are gone. Wait for those that take over from their last checkpoint; what this worker holds is void."""
+        while True:
+            for connection in self._servers:
+                connection.close()
+            self._held, self._seq, self._summed, self._factor = [], 0, False, 1.0
+            try:
+                self._connect()
+                for (loader, epoch), origin in self._origins.items():
+                    self._origin(loader, epoch, origin)
+                return
+            except PeerLost as error:
+                if "cannot be reached" in error.message:
+                    raise
 
     def _check(self) -> None:
         if self._activity.board.aborted:
@@ -115,33 +155,47 @@ class Served:
     def ask(self, loader: int, epoch: int, ahead: bool = False) -> Piece | None:
         """See ``data.leased.Leases``."""
         meta = {"loader": loader, "epoch": epoch, "ahead": ahead, "round": self._loop.epoch}
+
+        def ask() -> Any:
+            self._send(self._lead, Say.ASK, meta)
+            return self._hear(self._lead, Say.GRANT).meta["piece"]
+
         with self._activity.during(Phase.WAIT, "a batch"):
-            self._lead.send(Say.ASK, meta)
-            granted = self._hear(self._lead, Say.GRANT).meta["piece"]
-        if granted is None:
-            self._in_pass = False
-            return None
-        return Piece(*granted)
+            granted = self._lasting(ask)
+        return None if granted is None else Piece(*granted)
 
     def over(self, loader: int, epoch: int, batches: int, rows: int, order: int) -> None:
         """See ``data.leased.Leases``."""
         meta = {"loader": loader, "epoch": epoch, "batches": batches, "rows": rows, "order": order}
-        self._lead.send(Say.OVER, meta)
+        self._lasting(lambda: self._send(self._lead, Say.OVER, meta))
 
     def begins(self, loader: int, origin: str) -> tuple[int, str]:
         """See ``data.leased.Leases``. Who comes late begins in the pass that is open."""
         self._in_pass = True
         number = self._passes[loader] = self._passes.get(loader, -1) + 1
-        return number, self._origin(loader, number, origin)
+        first = self._lasting(lambda: self._origin(loader, number, origin))
+        self._origins[loader, number] = first
+        while len(self._origins) > _ORIGINS:
+            del self._origins[next(iter(self._origins))]
+        return number, first
+
+    def drawn(self, loader: int, after: str) -> None:
+        """See ``data.leased.Leases``."""
+        self._fresh = False
+        self._lasting(lambda: self._send(self._lead, Say.DRAWN, {"loader": loader, "after": after}))
 
     def origin(self, loader: int, epoch: int) -> str:
         """See ``data.leased.Leases``."""
-        return self._origin(loader, epoch, "")
+        return self._lasting(lambda: self._origin(loader, epoch, ""))
 
     def _origin(self, loader: int, epoch: int, mine: str) -> str:
-        self._lead.send(Say.PASS, {"loader": loader, "epoch": epoch, "origin": mine})
+        self._send(self._lead, Say.PASS, {"loader": loader, "epoch": epoch, "origin": mine, "fresh": self._fresh})
         origin: str = self._hear(self._lead, Say.ORIGIN).meta["origin"]
         return origin
+
+    def ends(self, loader: int) -> None:
+        """See ``data.leased.Leases``."""
+        self._in_pass = False
 
     def given(self, piece: Piece, rows: Slice) -> None:
         """See ``data.leased.Leases``."""
@@ -216,13 +270,15 @@ class Served:
         if now != self._hypers[number]:
             message["hypers"] = self._hypers[number] = now
         self._summed, self._factor = False, 1.0
-        for server, connection in reversed(list(enumerate(self._servers))):  # the lead last: then the others have it
-            connection.send(Say.STEP, message, self._kept.pushed(self._memory, server))
-        self._go(self._seq)
-
-    def _go(self, seq: int) -> None:
-        """Wait until every server has put the parameters there."""
-        self._arrived(self._hear(self._lead, Say.GO), seq)
+        seq = self._seq
+        try:
+            for server, connection in reversed(
+                list(enumerate(self._servers))
+            ):  # the lead last: then the others have it
+                self._send(connection, Say.STEP, message, self._kept.pushed(self._memory, server))
+            self._arrived(self._hear(self._lead, Say.GO), seq)
+        except PeerLost:  # this gradient is lost; its batch is leased again
+            self._reconnect()
 
     def _arrived(self, frame: Frame, seq: int) -> None:
         """The lead's parameters are there; wait for those of the others."""
@@ -242,9 +298,6 @@ class Served:
         if meta["group"] != self._group:
             self._group = meta["group"]
             self._on_view(self._group, meta["members"])
-        if "passes" in meta:
-            self._passes = {int(loader): number for loader, number in meta["passes"].items()}
-            self.first_epoch = meta["epoch"]
         if "hypers" in meta:
             for optimizer, groups in zip(self._optimizers, meta["hypers"], strict=True):
                 set_hypers(optimizer, groups)
@@ -258,8 +311,12 @@ class Served:
         def told(*args: Any, **kwargs: Any) -> None:
             which = f"update {self.version}" if self._in_pass else f"epoch {self._loop.epoch}"
             values = [float(a) for a in (*args, *kwargs.values()) if a is not None]
-            for connection in self._servers:
-                connection.send(Say.SCHEDULE, {"schedule": number, "which": which, "args": values})
+
+            def tell() -> None:
+                for connection in self._servers:
+                    self._send(connection, Say.SCHEDULE, {"schedule": number, "which": which, "args": values})
+
+            self._lasting(tell)
 
         scheduler.step = told  # type: ignore[method-assign]
 
@@ -275,11 +332,16 @@ class Served:
         Raises:
             StepError: PL402, they have come to another point.
         """
-        with self._activity.during(Phase.WAIT, tag):
-            self._lead.send(Say.MEET, {"tag": tag, "note": note})
+
+        def meet() -> Mapping[str, Any]:
+            self._send(self._lead, Say.MEET, {"tag": tag, "note": note, "stream": self._stream_now()})
             met = self._hear(self._lead, Say.MET).meta
-            self._place_now = met["rank"], met["size"]
             self._pull(met["version"])
+            return met
+
+        with self._activity.during(Phase.WAIT, tag):
+            met = self._lasting(meet)
+        self._place_now = met["rank"], met["size"]
         notes: list[str] = met["notes"]
         return notes
 
@@ -287,7 +349,7 @@ class Served:
         assert self._kept is not None
         assert self._memory is not None
         for connection in self._servers:
-            connection.send(Say.PULL, {"version": version})
+            self._send(connection, Say.PULL, {"version": version})
         for connection in self._servers:
             self._hear(connection, Say.PULLED)
         self._kept.read_buffers(self._memory)
@@ -312,6 +374,16 @@ class Served:
     def _lead(self) -> Connection:
         return self._servers[0]
 
+    def _send(
+        self, connection: Connection, kind: Say, meta: Mapping[str, Any], buffers: Sequence[memoryview] = ()
+    ) -> None:
+        """Raises PeerLost PL460: the server is gone."""
+        try:
+            connection.send(kind, meta, buffers)
+        except PacelineError as error:
+            self._check()
+            raise PeerLost("PL460", f"the server at {connection.peer} is gone: {error.message}") from error
+
     def _hear(self, connection: Connection, kind: Say) -> Frame:
         """Wait for the message of this kind. Fresh parameters may come before it.
 
@@ -327,7 +399,7 @@ class Served:
         while True:
             try:
                 frame = connection.try_recv(_SLICE, place)
-            except PeerLost as error:
+            except PacelineError as error:
                 self._check()
                 raise PeerLost("PL460", f"the server at {connection.peer} is gone: {error.message}") from error
             if frame is None:
@@ -357,7 +429,7 @@ def reach(open: Callable[[str], Connection], address: str, check: Callable[[], N
         try:
             return open(address)
         except PacelineError as error:
-            if error.code != "PL433" or time.monotonic() > deadline:
+            if error.code not in ("PL433", "PL431") or time.monotonic() > deadline:
                 raise PeerLost("PL460", f"the server at {address} cannot be reached: {error.message}") from error
         check()
         time.sleep(_SOON)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,21 @@ from paceline.group.secure import connect
 from paceline.group.wire import Wire
 from paceline.terms.activity import Activity, Phase
 from paceline.terms.clock import Clock
-from paceline.terms.errors import PacelineError, Stopped, UsageError
+from paceline.terms.errors import AdoptError, PacelineError, Stopped, UsageError
 from paceline.terms.event import Event, Sink
 from paceline.terms.plan import Place
 from paceline.train import adopt as adoption
 from paceline.train import served
+from paceline.train import tree as trees
+from paceline.train.attempts import earlier
+from paceline.train.checkpoint import Checkpointer
+from paceline.train.checkpoint_files import CHECKPOINTS, Policy
 from paceline.train.job import Job
-from paceline.train.keeping import Kept
+from paceline.train.keeping import Kept, described
 from paceline.train.lead import Lead
 from paceline.train.ledger import Ledger
 from paceline.train.loaders import Loaders
+from paceline.train.resume import Resume, choose
 from paceline.train.serve import Server
 from paceline.train.served import Served
 from paceline.train.talk import CAPS
@@ -62,6 +68,7 @@ class ServedJob(Job):
             self._loop,
             activity,
             self._on_view,
+            lambda: self._streams.snapshot().to_json(),
         )
         self._loaders.leases = self._served
         self._stream_taken = False
@@ -83,9 +90,15 @@ class ServedJob(Job):
 
     def _ledger_path(self) -> Path | None:
         """Workers write none: the lead knows what was applied."""
+        return None
+
+    def _lead_ledger_path(self) -> Path | None:
+        """A lead that takes over from one that died begins a file of its own."""
         run_dir = self._place.run_dir
-        leads = self._place.serves == 0 and run_dir is not None
-        return run_dir / "ledger" / f"{self._place.name}.jsonl" if leads and run_dir is not None else None
+        if self._place.serves != 0 or run_dir is None:
+            return None
+        names = (f"{self._place.name}{'' if n == 1 else f'.{n}'}.jsonl" for n in count(1))
+        return next(path for path in (run_dir / "ledger" / name for name in names) if not path.exists())
 
     # ---- adoption -------------------------------------------------------------------------------------------------
     def use_strategy(self, strategy: str | Exchange) -> None:
@@ -128,37 +141,111 @@ class ServedJob(Job):
         if self._attached or not self.adopted:
             return
         self._attached = True
-        kept = Kept(self._models, self._optimizers, self._schedulers, len(self._place.servers))
         if self.serves:
-            self._serve(kept)
+            self._serve()
             raise Stopped
-        self._served.attach(kept)
+        self._served.attach(self._kept_things(self._described()))
         self._first_epoch = self._served.first_epoch
 
-    def _serve(self, kept: Kept) -> None:
+    def _serve(self) -> None:
         """Be a server, to the end."""
         service = self._service().service
         assert service is not None
         place, activity = self._place, self._activity
-        lead = None
-        ledger = Ledger(self._ledger_path(), self._notice_failure)
+        description = self._described()
+        resumed = self._resumed()
+        kept = self._kept_things(description)
+        lead, checkpoints = None, None
+        ledger = Ledger(self._lead_ledger_path(), self._notice_failure)
         if place.serves == 0:
             lead = Lead(service.rule, ledger, self._sink, self._streams.capture(), place.plan.processes)
+            if resumed is not None:
+                lead.restore(resumed)
+            if place.run_dir is not None and place.plan.checkpoint:
+                checkpoints = Checkpointer(
+                    Policy.parse(place.plan.checkpoint),
+                    place.run_dir / CHECKPOINTS,
+                    lambda: self._whole_state(lead),
+                    right=lambda: (len(earlier(place.run_dir)), 0),  # type: ignore[arg-type]
+                    sink=self._sink,
+                    step=lead.core.version,
+                )
+                lead.on_boundary = lambda version: checkpoints.at_boundary(version, True)
         torch.set_num_threads(place.plan.threads)
         activity.enter(Phase.WAIT, "workers")
-        with Server(
-            kept, service, place.servers, place.serves, self._secret, lambda: activity.board.aborted, lead
-        ) as server:
-            self._sink(Event("serve", 0, {"server": place.serves, "bytes": kept.layout.nbytes_of(place.serves)}))
-            try:
+        version = resumed["core"]["version"] if resumed is not None else 0
+        try:
+            with Server(
+                kept, service, place.servers, place.serves, self._secret, lambda: activity.board.aborted, lead, version
+            ) as server:
+                if resumed is not None:
+                    server.shard.scheduled = resumed["scheduled"]
+                self._sink(Event("serve", 0, {"server": place.serves, "bytes": kept.layout.nbytes_of(place.serves)}))
                 server.run()
-            except BaseException:
-                traceback.print_exc()  # into the server's log: what the terminal shows of it is one line
-                raise
+                if lead is not None and checkpoints is not None:
+                    checkpoints.finish(lead.core.version, True, lead.done)
+        except BaseException:
+            traceback.print_exc()  # into the server's log: what the terminal shows of it is one line
+            raise
+        finally:
+            if checkpoints is not None:
+                checkpoints.stand_down()
         if lead is not None:
-            lead.report()
+            lead.report(last=True)
             ledger.end(lead.core.version, ())
         ledger.close()
+
+    def _described(self) -> str:
+        return described(self._models, self._optimizers, self._schedulers, len(self._place.servers))
+
+    def _kept_things(self, description: str) -> Kept:
+        return Kept(self._models, self._optimizers, self._schedulers, len(self._place.servers), description)
+
+    def _whole_state(self, lead: Lead) -> trees.Tree:
+        """The state of the run, after the last update: that of :mod:`~paceline.train.tree`, and what the lead knows."""
+        optimizers = lead.optimizers()
+        rest = trees.Things(
+            models=self._models,
+            schedulers=trees.numbered(self._schedulers),
+            kept=self._kept,
+            names=trees.names_of(self._models),
+            streams=self._streams,
+        )
+        version, epoch = lead.core.version, lead.round
+        loop = {"steps": version, "samples": lead.samples, "epoch": epoch, "passed": epoch}
+        return {**trees.capture(rest), "optimizers": optimizers, "loop": loop, "served": lead.state()}
+
+    def _resumed(self) -> dict[str, Any] | None:
+        """Restore what the script has adopted from a checkpoint, if there is one to go on from; what the lead knew then.
+
+        Raises:
+            AdoptError: PL610, it is one of another job, or of a run without servers.
+        """
+        place = self._place
+        if not place.plan.resume or place.run_dir is None:
+            return None
+        found = choose(place.plan.resume, place.run_dir, 0, lambda raw: [raw], self._saving.notice)
+        if found is None:
+            return None
+        resume, state = Resume(found), found.said["state"]
+        try:
+            if "served" not in state:
+                message = f"{found.path} was saved by a run without servers, and does not tell which batches are left"
+                raise AdoptError("PL610", message)
+            resume.restore(
+                trees.Things(
+                    models=self._models,
+                    optimizers=trees.numbered(self._optimizers),
+                    schedulers=trees.numbered(self._schedulers),
+                    kept=self._kept,
+                    names=trees.names_of(self._models),
+                )
+            )
+            resume.begin_loop(trees.Things(streams=self._streams))
+        finally:
+            resume.close()
+        served: dict[str, Any] = state["served"]
+        return served
 
     def _share_stream(self, mine: bytes) -> bytes:
         """Orders are drawn from the lead's random state; after a reseeding by the script, all have the same anyway."""

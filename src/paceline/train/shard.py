@@ -20,7 +20,9 @@ from paceline.exchange.corrections import Delay
 from paceline.group.secure import Connection
 from paceline.train.keeping import Kept, hypers, set_hypers
 from paceline.train.memory import Memory, views
+from paceline.train.served_state import PieceState, cut_state, pieces_of
 
+_OCCASIONS = 256  # of a schedule that are remembered
 _EPSILON = 1e-7  # of the paper
 
 
@@ -79,6 +81,8 @@ class Shard:
     Attributes:
         version: Updates applied so far.
         stamp: Counts changes of the settings of optimizers.
+        scheduled: For each schedule the occasions at which it has stepped.
+        groups: For each optimizer and group the names of its parameters.
     """
 
     def __init__(self, kept: Kept, index: int, delay: Delay | None) -> None:
@@ -91,7 +95,11 @@ class Shard:
         kept.move_into(self.memory)
         self._runs = kept.layout.runs(index)
         self._aside: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
-        self._scheduled: dict[int, set[str]] = {}
+        self.scheduled: dict[str, list[str]] = {}
+        self.groups = [
+            [[kept.names[p] for p in group["params"]] for group in optimizer.param_groups]
+            for optimizer in kept.optimizers
+        ]
         self._pieces = [self._own(optimizer) for optimizer in kept.optimizers]
 
     def _own(self, optimizer: torch.optim.Optimizer) -> list[_Piece]:
@@ -107,10 +115,29 @@ class Shard:
                 for start, stop in mine.get(item, []) if item is not None else []:
                     whole = stop - start == p.numel()
                     part = p if whole else nn.Parameter(p.data.view(-1)[start:stop])
+                    if p in optimizer.state and not whole:  # of a checkpoint
+                        optimizer.state[part] = cut_state(optimizer.state[p], start, stop, p.numel())
                     pieces.append(_Piece(item if item is not None else -1, start, stop, part))
             group["params"] = [piece.param for piece in pieces]
             found += pieces
+        mine_now = {piece.param for piece in found}
+        for p in [p for p in optimizer.state if p not in mine_now]:
+            del optimizer.state[p]
         return found
+
+    def pieces(self) -> list[PieceState]:
+        """The state of all optimizers for what this server keeps, as references."""
+        return [
+            state
+            for number, optimizer in enumerate(self.kept.optimizers)
+            for state in pieces_of(
+                number, optimizer, [(p.item, p.start, p.stop, p.param) for p in self._pieces[number]]
+            )
+        ]
+
+    def told(self) -> list[memoryview]:
+        """The bytes of this server's parameters, for the lead."""
+        return self.kept.answered(self.memory, self.index)
 
     # ---- what is done, in order -------------------------------------------------------------------------------------
     def keep(self, guest: Guest, seq: int) -> None:
@@ -211,9 +238,10 @@ class Shard:
     # ---- schedules ------------------------------------------------------------------------------------------------
     def schedule(self, number: int, which: str, args: Sequence[float]) -> None:
         """A worker's script has stepped a schedule; every occasion counts once, whoever tells of it."""
-        done = self._scheduled.setdefault(number, set())
+        done = self.scheduled.setdefault(str(number), [])
         if which not in done:
-            done.add(which)
+            done.append(which)
+            del done[:-_OCCASIONS]
             step: Any = self.kept.schedulers[number].step
             step(*args)
             self.stamp += 1

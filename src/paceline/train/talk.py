@@ -32,6 +32,8 @@ class Say(IntEnum):
     ENTER = 17  # server, to the lead: here I am
     PASS = 19  # worker, to the lead: a pass begins, or is asked about
     ORIGIN = 20
+    DRAWN = 22  # worker, to the lead: the order of a pass is drawn
+    PART = 21  # server, to the lead: what it keeps
     ENTRY = 18  # lead, to the other servers: what is to be done, in order
 
 
@@ -39,5 +41,6 @@ CAPS: Caps = {
     **{int(kind): Cap(meta=1 << 24) for kind in Say},
     int(Say.STEP): Cap(meta=1 << 24, bulk=MOST),
     int(Say.GO): Cap(meta=1 << 24, bulk=MOST),
+    int(Say.PART): Cap(meta=1 << 24, bulk=MOST),
     int(Say.PULLED): Cap(meta=1 << 24, bulk=MOST),
 }

@@ -16,7 +16,7 @@ from paceline.exchange.chain import Exchange, chain, optimizer
 from paceline.exchange.codec import CODECS, Codec
 from paceline.exchange.exact import MOST_SHARDS, SHARDS, ExactMean
 from paceline.exchange.link import Link
-from paceline.exchange.ps import ps
+from paceline.exchange.ps import async_diloco, async_easgd, hogwild, ps
 from paceline.terms.errors import UsageError
 
 
@@ -80,7 +80,13 @@ def _check_exact(exact: object, shards: object, codec: Codec | None, algorithm: 
         raise UsageError("PL203", "ddp: exact=True cannot be combined with a codec or an algorithm", help=said)
 
 
-RECIPES: dict[str, Callable[..., Exchange]] = {"ddp": ddp, "ps": ps}
+RECIPES: dict[str, Callable[..., Exchange]] = {
+    "ddp": ddp,
+    "ps": ps,
+    "hogwild": hogwild,
+    "async_diloco": async_diloco,
+    "async_easgd": async_easgd,
+}
 
 
 def summaries() -> dict[str, str]:

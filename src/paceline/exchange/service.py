@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from paceline.exchange.corrections import Delay
+from paceline.exchange.outer_step import DelayedNesterov, Elastic
 from paceline.exchange.server import Rule
 
 
@@ -17,11 +18,21 @@ class Service:
         servers: How many processes the parameters are divided among.
         rule: Of the core, see ``exchange.server``.
         delay: How late gradients are corrected, or None.
+        one_copy: The parameters lie once, in memory that all workers of the host read; then there is one server.
+        own_steps: Workers step their own optimizers; with `one_copy` on the one copy of all, without locks.
+        every: So many steps of its own a worker takes before it pushes how far it has come.
+        by_speed: Slower workers take fewer: in proportion to their speed, and the fastest takes `every`.
+        outer: What the server does with that.
     """
 
     servers: int = 1
     rule: Rule = field(default_factory=Rule)
     delay: Delay | None = None
+    one_copy: bool = False
+    own_steps: bool = False
+    every: int = 1
+    by_speed: bool = False
+    outer: DelayedNesterov | Elastic | None = None
 
     def describe(self) -> str:
         """What is sent, with whom, when, how merged, and where the optimizer works."""
@@ -44,16 +55,47 @@ class Service:
             late = [f"  late      counts less, by its age in updates: {rule.damp.kind}"]
         elif self.delay is not None:
             late = [f"  late      {self.delay.describe()}"]
+        if self.own_steps:
+            return self._describe_own_steps(batches, when)
+        where = "; through shared memory on one host"
+        if self.one_copy:
+            where = "; the parameters lie once, in memory that all workers of this host read"
         return "\n".join(
             (
                 "parameter server",
                 "  sends     gradients to the server, parameters back, every step",
-                f"  to        {many}; through shared memory on one host",
+                f"  to        {many}{where}",
                 f"  batches   {batches}",
                 f"  when      {when}",
                 f"  merged    {merged}",
                 *late,
                 "optimizer   the script's own, at the server, with its schedules; workers hold no state of it",
                 "gradients   p.grad is the worker's own: clipping acts on each worker's gradient by itself",
+            )
+        )
+
+    def _describe_own_steps(self, batches: str, when: str) -> str:
+        if self.one_copy:
+            return "\n".join(
+                (
+                    "hogwild",
+                    "  sends     nothing: every worker steps on the one copy of the parameters, without locks",
+                    f"  batches   {batches}",
+                    "  merged    not at all: what two workers write at once may be lost in part",
+                    "optimizer   the script's own, in every worker, each with a state of its own",
+                )
+            )
+        assert self.outer is not None
+        often = f"every {self.every} steps of its own, and at the end of a pass"
+        if self.by_speed:
+            often += "; slower workers take fewer steps, in proportion to their speed"
+        return "\n".join(
+            (
+                "drift server",
+                "  sends     how far a worker has come since it read the parameters; the parameters back",
+                f"  batches   {batches}",
+                f"  when      {often}; {when.partition('; ')[2]}",
+                f"  merged    {self.outer.describe()}",
+                "optimizer   the script's own, in every worker; its state stays there",
             )
         )

@@ -195,7 +195,7 @@ def _has_ended(child: Child) -> bool:
 
 def strategy_servers(strategy: str) -> int:
     """How many servers this strategy has."""
-    if "ps" not in strategy:
+    if not strategy:
         return 0
     from paceline.exchange.strategy import build
 

@@ -95,9 +95,14 @@ class Kept:
                     flat.view(p.shape).copy_(grad)
                     if not wrong and not torch.isfinite(flat.sum()):
                         wrong = self.layout.items[number].name
+        self.fill_buffers(memory)
+        return absent, wrong
+
+    def fill_buffers(self, memory: Memory) -> None:
+        """Put the buffers there."""
+        with torch.no_grad():
             for (_, buffer), flat in zip(self.buffers, memory.buffers, strict=True):
                 flat.copy_(buffer.reshape(-1))
-        return absent, wrong
 
     def read_buffers(self, memory: Memory) -> None:
         """Take the buffers that are there."""

@@ -26,11 +26,11 @@ from paceline.exchange.server import (
     Over,
     Piece,
     Refuse,
-    Rule,
     ServerCore,
     Skip,
     Step,
 )
+from paceline.exchange.service import Service
 from paceline.terms.errors import StepError
 from paceline.terms.event import Event as Report
 from paceline.terms.event import Sink
@@ -57,7 +57,7 @@ class Lead:
     """Decides. See ``serve.Server`` for when its methods are called.
 
     Args:
-        rule: Of the strategy.
+        service: What the strategy asks of servers.
         ledger: Where committed rows go.
         sink: Where events go.
         stream: The random state that orders are drawn from, for all workers.
@@ -70,19 +70,22 @@ class Lead:
 
     def __init__(
         self,
-        rule: Rule,
+        service: Service,
         ledger: Ledger,
         sink: Sink,
         stream: bytes,
         workers: int,
     ) -> None:
+        rule = service.rule
         self.core = ServerCore(rule)
         self._ledger, self._sink, self._stream = ledger, sink, stream
         self.on_boundary: Callable[[int], None] = lambda version: None
         self._members: list[str] = []  # in the order in which they came
         self._ended: set[str] = set()
         self._group = 0  # counts who has come and gone
-        self._rule, self.samples, self.round = rule, 0, 0
+        self._service, self._rule, self.samples, self.round = service, rule, 0, 0
+        self._batches = 0
+        self._pace: dict[str, tuple[float, float]] = {}  # of each worker: its last push, and batches a second
         self._done: dict[tuple[int, int], list[Range]] = {}  # rows of passes that are not over
         self._passes: dict[int, int] = {}
         self._origins: dict[tuple[int, int], str] = {}
@@ -138,7 +141,7 @@ class Lead:
             case Say.STEP:
                 covers = tuple(Piece(*piece) for piece in meta["covers"])
                 step = Step(name, int(meta["seq"]), float(meta["weight"]), covers, bool(meta["finite"]))
-                return partial(self._take, step)
+                return partial(self._pushed, step)
             case Say.READY:
                 return partial(self._ready, name)
             case Say.ASK:
@@ -161,6 +164,22 @@ class Lead:
             case Say.BYE:
                 return partial(self._ended.add, name)
         raise ValueError("it means nothing here")
+
+    def _pushed(self, step: Step) -> None:
+        """Measure how fast the worker is: batches a second, half of it what it was before."""
+        now = time.monotonic()
+        since, rate = self._pace.get(step.worker, (now, 0.0))
+        fresh = len(step.covers) / (now - since) if now > since else 0.0
+        self._pace[step.worker] = now, (fresh + rate) / 2 if rate else fresh
+        self._take(step)
+
+    def _every(self, worker: str) -> int:
+        """Steps from push to push (DyLU of arXiv 2401.09135): the fastest takes all, others in proportion to their speed."""
+        rate = self._pace.get(worker, (0.0, 0.0))[1]
+        if not self._service.by_speed or not rate:
+            return self._service.every
+        fastest = max(self._pace[name][1] for name in self._members if name in self._pace)
+        return max(1, int(self._service.every * rate / fastest))
 
     def _ready(self, name: str) -> None:
         self._waiting.append(name)
@@ -254,6 +273,7 @@ class Lead:
         """An update was applied: write down what it consumed."""
         ranges: list[Range] = [tuple(row) for message in messages for row in message["rows"]]
         self.samples += sum(row[5] for row in ranges)
+        self._batches += len({tuple(row[:3]) for row in ranges})
         for row in ranges:
             self._done.setdefault((row[0], row[1]), []).append(row)
         self._ledger.commit(version, ranges, skipped=skip)
@@ -265,6 +285,7 @@ class Lead:
     def about(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """What the worker that goes on is told."""
         told = {key: entry[key] for key in ("version", "clock", "tau")}
+        told["batches"], told["every"] = self._batches, self._every(entry["worker"])
         if entry["seq"] == 0:  # where the others are
             told["passes"] = {str(loader): number - 1 for loader, number in self._passes.items()}
             told["epoch"] = self.round
@@ -281,6 +302,7 @@ class Lead:
         return {
             "core": self.core.state(),
             "samples": self.samples,
+            "batches": self._batches,
             "round": self.round,
             "passes": {str(loader): number for loader, number in self._passes.items()},
             "origins": [[*place, origin] for place, origin in self._origins.items()],
@@ -293,7 +315,7 @@ class Lead:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.core = ServerCore.load(self._rule, dict(state["core"]))
-        self.samples, self.round = state["samples"], state["round"]
+        self.samples, self._batches, self.round = state["samples"], state["batches"], state["round"]
         self._after, self._restored = dict(state["after"]), True
         self._passes = {int(loader): number for loader, number in state["passes"].items()}
         self._origins = {(loader, epoch): origin for loader, epoch, origin in state["origins"]}

@@ -40,6 +40,7 @@ class Memory:
     """
 
     def __init__(self, params: Layout, buffers: Layout, *, handle: str = "", shared: bool = True) -> None:
+        self._layout = params
         sizes = (params.nbytes, params.nbytes, buffers.nbytes)
         nbytes = max(sum(sizes), mmap.PAGESIZE)
         self.handle = ""
@@ -66,6 +67,10 @@ class Memory:
         self.grads = views(self.raw_grads, params)
         self.params = views(self.raw_params, params)
         self.buffers = views(self.raw_buffers, buffers)
+
+    def like_params(self, raw: Tensor) -> list[Tensor]:
+        """Each parameter in a copy of the parameters' area."""
+        return views(raw, self._layout)
 
     def close(self) -> None:
         """Give the descriptor back; what is mapped lives as long as its tensors. Idempotent."""

@@ -46,6 +46,7 @@ class Server:
         secret: Of the run.
         over: Whether the run is being ended.
         lead: Decides, where this is the lead; else None.
+        workers: How many the run begins with.
         version: Of the parameters; more than 0 where they come from a checkpoint.
 
     Raises:
@@ -61,9 +62,10 @@ class Server:
         secret: bytes,
         over: Callable[[], bool],
         lead: Lead | None,
+        workers: int,
         version: int = 0,
     ) -> None:
-        self.shard = Shard(kept, index, service.delay)
+        self.shard = Shard(kept, index, service, workers)
         self.shard.version = version
         self._kept, self._index, self._over, self._lead = kept, index, over, lead
         self._guests: dict[int, Guest] = {}
@@ -237,7 +239,8 @@ class Server:
         memory = Memory(self._kept.layout, self._kept.buffer_layout, handle=handle, shared=False)
         guest = Guest(name, connection, memory)
         self._guests[link] = self._by_name[name] = guest
-        self._send(link, Say.WELCOME, self._lead.welcome() if self._lead is not None else {})
+        welcome = self._lead.welcome() if self._lead is not None else {}
+        self._send(link, Say.WELCOME, {**welcome, "handle": self.shard.memory.handle})
 
     # ---- what is done -----------------------------------------------------------------------------------------------
     def carry_out(self, entry: Mapping[str, Any]) -> None:
@@ -323,7 +326,7 @@ class Server:
         if guest is None or guest.gone:
             return
         link = next(link for link, g in self._guests.items() if g is guest)
-        buffers = self.shard.put(guest)
+        buffers = self.shard.put(guest, center=entry["seq"] == 0)
         meta: dict[str, Any] = {"seq": entry["seq"]}
         if self._lead is not None:
             meta |= self._lead.about(entry)

@@ -23,11 +23,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paceline.data.rows import Slice
 from paceline.exchange.server import Piece
+from paceline.exchange.service import Service
 from paceline.group.frames import Frame
 from paceline.group.secure import Connection
 from paceline.terms.activity import Activity, Phase
 from paceline.terms.errors import EXPLANATIONS, Aborted, AdoptError, PacelineError, PeerLost, StepError
 from paceline.terms.plan import Place
+from paceline.train.alone import Alone
 from paceline.train.keeping import Kept, hypers, set_hypers
 from paceline.train.loop import Loop
 from paceline.train.memory import Memory
@@ -53,6 +55,7 @@ class Served:
         activity: Where waiting is shown.
         on_view: Told the number of the group and its members, whenever that has changed.
         stream_now: The random state that orders are drawn from, as JSON.
+        service: What the strategy asks of servers, once the script has adopted something.
 
     Attributes:
         version: Of the parameters that this worker has.
@@ -67,9 +70,11 @@ class Served:
         activity: Activity,
         on_view: Callable[[int, list[str]], None],
         stream_now: Callable[[], dict[str, Any]],
+        service: Callable[[], Service],
     ) -> None:
         self._place, self._open, self._loop, self._activity, self._on_view = place, connect, loop, activity, on_view
-        self._stream_now = stream_now
+        self._stream_now, self._asked = stream_now, service
+        self._alone: Alone | None = None  # where workers step by themselves
         self._servers: list[Connection] = []
         self._kept: Kept | None = None
         self._memory: Memory | None = None
@@ -118,6 +123,10 @@ class Served:
         for connection in self._servers:
             connection.send(Say.ATTACH, meta)
         welcomes = [self._hear(connection, Say.WELCOME).meta for connection in self._servers]
+        if self._asked().one_copy:
+            shared = Memory(self._kept.layout, self._kept.buffer_layout, handle=str(welcomes[0]["handle"]))
+            self._kept.move_into(shared)
+            shared.close()
         self.stream = base64.b64decode(welcomes[0]["stream"])
         self._lead.send(Say.READY, {})
         frame = self._hear(self._lead, Say.GO)
@@ -171,6 +180,8 @@ class Served:
 
     def begins(self, loader: int, origin: str) -> tuple[int, str]:
         """See ``data.leased.Leases``. Who comes late begins in the pass that is open."""
+        if self._alone is not None and self._memory is not None:
+            self._alone.take_up(self._memory)
         self._in_pass = True
         number = self._passes[loader] = self._passes.get(loader, -1) + 1
         first = self._lasting(lambda: self._origin(loader, number, origin))
@@ -195,7 +206,14 @@ class Served:
 
     def ends(self, loader: int) -> None:
         """See ``data.leased.Leases``."""
+        self._flush()
         self._in_pass = False
+
+    def _flush(self) -> None:
+        """Push the steps that were taken since the last push: a round never goes beyond a pass."""
+        if self._alone is not None and self._alone.steps:
+            with self._activity.during(Phase.EXCHANGE, "push"):
+                self._push(self._optimizers[0])
 
     def given(self, piece: Piece, rows: Slice) -> None:
         """See ``data.leased.Leases``."""
@@ -227,12 +245,16 @@ class Served:
     # ---- the step -------------------------------------------------------------------------------------------------
     def own(self, optimizer: Optimizer) -> None:
         """Take over one optimizer."""
+        if self._asked().own_steps and self._alone is None:
+            self._alone = Alone(self._asked())
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
             raise StepError("PL302", f"{type(optimizer).__name__}.step was given a closure")
+        if self._alone is not None:
+            return
         self._hidden = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
         for p, _ in self._hidden:  # without gradients every optimizer of torch does nothing
             p.grad = None
@@ -241,6 +263,8 @@ class Served:
         for p, grad in self._hidden:
             p.grad = grad
         self._hidden = []
+        if self._alone is not None and not self._alone.step():
+            return
         with self._activity.during(Phase.EXCHANGE, "push"):
             self._push(optimizer)
 
@@ -248,7 +272,7 @@ class Served:
         assert self._kept is not None
         assert self._memory is not None
         number = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
-        absent, wrong = self._kept.fill(self._memory, optimizer)
+        absent, wrong = self._filled(optimizer)
         if wrong:
             raise StepError(
                 "PL409", f"{self._place.name}, update {self.version + 1}: the gradient of {wrong} is not finite"
@@ -267,7 +291,7 @@ class Served:
             "rows": [[r.loader, r.epoch, r.start, r.rows, r.start + r.local_start, r.local_rows] for _, r in held],
         }
         now = hypers(optimizer)
-        if now != self._hypers[number]:
+        if now != self._hypers[number] and self._alone is None:
             message["hypers"] = self._hypers[number] = now
         self._summed, self._factor = False, 1.0
         seq = self._seq
@@ -280,6 +304,16 @@ class Served:
         except PeerLost:  # this gradient is lost; its batch is leased again
             self._reconnect()
 
+    def _filled(self, optimizer: Optimizer) -> tuple[list[int], str]:
+        """Put there what is pushed. Which parameters have none, and the name of the first that is not finite."""
+        assert self._kept is not None
+        assert self._memory is not None
+        if self._alone is None:
+            return self._kept.fill(self._memory, optimizer)
+        wrong = self._alone.fill(self._memory)
+        self._kept.fill_buffers(self._memory)
+        return [], self._kept.layout.items[int(wrong)].name if wrong else ""
+
     def _arrived(self, frame: Frame, seq: int) -> None:
         """The lead's parameters are there; wait for those of the others."""
         assert self._kept is not None
@@ -290,15 +324,19 @@ class Served:
         if frame.meta["seq"] != seq:
             raise StepError("PL462", f"the server answered push {frame.meta['seq']}, not {seq}")
         self._kept.read_buffers(self._memory)
+        if self._alone is not None:
+            self._alone.read(self._memory)
 
     def _take(self, meta: Mapping[str, Any]) -> None:
         """What the lead says with the parameters."""
         self.version, self.staleness = meta["version"], meta["tau"]
+        if self._alone is not None:
+            self._alone.batches, self._alone.every = meta["batches"], meta["every"]
         self._loop.stand(meta["version"], meta["samples"])
         if meta["group"] != self._group:
             self._group = meta["group"]
             self._on_view(self._group, meta["members"])
-        if "hypers" in meta:
+        if "hypers" in meta and self._alone is None:
             for optimizer, groups in zip(self._optimizers, meta["hypers"], strict=True):
                 set_hypers(optimizer, groups)
             self._hypers = [hypers(o) for o in self._optimizers]
@@ -306,6 +344,9 @@ class Served:
     # ---- schedules ------------------------------------------------------------------------------------------------
     def own_schedule(self, number: int, scheduler: LRScheduler) -> None:
         """A schedule steps where its optimizer does: once for each update, or once for each pass, whoever says so."""
+        if self._alone is not None:
+            self._alone.own_schedule(number, scheduler, lambda: self._in_pass)
+            return
 
         @functools.wraps(scheduler.step)
         def told(*args: Any, **kwargs: Any) -> None:
@@ -332,6 +373,10 @@ class Served:
         Raises:
             StepError: PL402, they have come to another point.
         """
+
+        self._flush()
+        if self._alone is not None and self._memory is not None:
+            self._alone.put_aside(self._memory)
 
         def meet() -> Mapping[str, Any]:
             self._send(self._lead, Say.MEET, {"tag": tag, "note": note, "stream": self._stream_now()})
@@ -441,10 +486,14 @@ def _refused(meta: Mapping[str, Any]) -> PacelineError:
     return kind(code, str(meta["message"]))
 
 
-def refuse(scalers: Sequence[Any], schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:
+def refuse(
+    scalers: Sequence[Any], schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer], *, own_steps: bool
+) -> None:
     """Raise AdoptError PL463 for what cannot work with servers."""
     if scalers:
         raise AdoptError("PL463", "a GradScaler was adopted: it decides about steps that the servers take")
+    if own_steps and len(optimizers) > 1:
+        raise AdoptError("PL463", "workers step by themselves, and several optimizers were adopted: whose step counts?")
     for optimizer in optimizers:
         known = any(scheduler.optimizer is optimizer for scheduler in schedulers)
         if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not known:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from paceline.data.streams import Streams
 from paceline.exchange.chain import Exchange
+from paceline.exchange.service import Service
 from paceline.exchange.strategy import build
 from paceline.group.secure import connect
 from paceline.group.wire import Wire
@@ -69,6 +70,7 @@ class ServedJob(Job):
             activity,
             self._on_view,
             lambda: self._streams.snapshot().to_json(),
+            self._asked,
         )
         self._loaders.leases = self._served
         self._stream_taken = False
@@ -115,6 +117,11 @@ class ServedJob(Job):
             raise UsageError("PL209", f"{self._exchange.text}, and {started} servers were started")
         return self._exchange
 
+    def _asked(self) -> Service:
+        service = self._service().service
+        assert service is not None
+        return service
+
     def _adopt_launched(self, given: adoption.Adopted) -> dict[int, Any]:
         first = not self.adopted
         before = len(self._schedulers)
@@ -123,7 +130,7 @@ class ServedJob(Job):
         if first:
             data = {"strategy": exchange.text, "wire": "servers", "describe": exchange.describe()}
             self._sink(Event("adopt", 0, data))
-        served.refuse(self._scalers, self._schedulers, given.optimizers)
+        served.refuse(self._scalers, self._schedulers, self._optimizers, own_steps=self._asked().own_steps)
         for optimizer in given.optimizers:
             optimizer.register_step_pre_hook(self._before_first_step)
             if not self.serves:
@@ -149,8 +156,7 @@ class ServedJob(Job):
 
     def _serve(self) -> None:
         """Be a server, to the end."""
-        service = self._service().service
-        assert service is not None
+        service = self._asked()
         place, activity = self._place, self._activity
         description = self._described()
         resumed = self._resumed()
@@ -158,7 +164,7 @@ class ServedJob(Job):
         lead, checkpoints = None, None
         ledger = Ledger(self._lead_ledger_path(), self._notice_failure)
         if place.serves == 0:
-            lead = Lead(service.rule, ledger, self._sink, self._streams.capture(), place.plan.processes)
+            lead = Lead(service, ledger, self._sink, self._streams.capture(), place.plan.processes)
             if resumed is not None:
                 lead.restore(resumed)
             if place.run_dir is not None and place.plan.checkpoint:
@@ -176,7 +182,15 @@ class ServedJob(Job):
         version = resumed["core"]["version"] if resumed is not None else 0
         try:
             with Server(
-                kept, service, place.servers, place.serves, self._secret, lambda: activity.board.aborted, lead, version
+                kept,
+                service,
+                place.servers,
+                place.serves,
+                self._secret,
+                lambda: activity.board.aborted,
+                lead,
+                place.plan.processes,
+                version,
             ) as server:
                 if resumed is not None:
                     server.shard.scheduled = resumed["scheduled"]

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paceline.exchange.corrections import Delay
+from paceline.exchange.outer_step import Elastic
+from paceline.exchange.service import Service
 from paceline.group.secure import Connection
 from paceline.train.keeping import Kept, hypers, set_hypers
 from paceline.train.memory import Memory, views
@@ -76,7 +77,8 @@ class Shard:
     Args:
         kept: What all have.
         index: Which server this is.
-        delay: How gradients that are late are corrected, or None.
+        service: What the strategy asks of servers.
+        workers: How many the run begins with.
 
     Attributes:
         version: Updates applied so far.
@@ -85,10 +87,10 @@ class Shard:
         groups: For each optimizer and group the names of its parameters.
     """
 
-    def __init__(self, kept: Kept, index: int, delay: Delay | None) -> None:
+    def __init__(self, kept: Kept, index: int, service: Service, workers: int) -> None:
         self.kept, self.index, self.version, self.stamp = kept, index, 0, 0
-        self._delay = delay
-        self.memory = Memory(kept.layout, kept.buffer_layout, shared=False)
+        self._service, self._delay, self._workers = service, service.delay, workers
+        self.memory = Memory(kept.layout, kept.buffer_layout, shared=service.one_copy)
         with torch.no_grad():
             for p, flat in zip(kept.params, self.memory.params, strict=True):
                 flat.view(p.shape).copy_(p)
@@ -166,7 +168,10 @@ class Shard:
         counted = [part for part in parts if part.scale]
         if not skip and counted:
             with torch.no_grad():
-                self._step(counted)
+                if not self._service.own_steps:
+                    self._step(counted)
+                elif self._service.outer is not None:
+                    self._outer_step(counted)
                 self._mix_buffers(counted)
 
     def _heed(self, message: Mapping[str, Any]) -> None:
@@ -186,6 +191,20 @@ class Shard:
         self.kept.optimizers[number].step()
         for piece in self._pieces[number]:
             piece.param.grad = None
+
+    def _outer_step(self, parts: Sequence[Part]) -> None:
+        """What workers push that step by themselves, each by itself."""
+        outer = self._service.outer
+        number = parts[0].message["optimizer"]
+        optimizer = self.kept.optimizers[number]
+        for part in parts:
+            for piece in self._pieces[number]:
+                pushed = piece.of(part.grads[piece.item])
+                if isinstance(outer, Elastic):
+                    outer.pull(piece.param.detach(), pushed, piece.of(part.read[piece.item]), self._workers)
+                elif outer is not None:
+                    state = optimizer.state[piece.param]
+                    outer.step(piece.param.detach(), pushed * part.scale, state, self._workers)
 
     def _scales(self, parts: Sequence[Part]) -> list[float]:
         """What each part is multiplied by: its share of the weights, unless it is a sum already."""
@@ -251,8 +270,20 @@ class Shard:
         return [hypers(optimizer) for optimizer in self.kept.optimizers]
 
     # ---- answers --------------------------------------------------------------------------------------------------
-    def put(self, guest: Guest) -> list[memoryview]:
-        """Put this server's parameters where the worker reads them; or the bytes that must travel there."""
+    def put(self, guest: Guest, *, center: bool = True) -> list[memoryview]:
+        """Put this server's parameters where the worker reads them; or the bytes that must travel there.
+
+        Args:
+            center: Else a worker that is pulled elastically keeps its own.
+        """
+        if self._service.one_copy:
+            guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
+            return []
+        if not center and isinstance(self._service.outer, Elastic):
+            if guest.memory.shared:
+                guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
+                return []
+            return self.kept.answered(guest.memory, self.index)
         if guest.memory.shared:
             for begin, end in self._runs:
                 guest.memory.raw_params[begin:end].copy_(self.memory.raw_params[begin:end])

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from parity.server_case import Model
 from support.breadth import more
 from support.cli import CLI, dump_and_kill, run_paceline, run_python, show
 
 CASE = Path(__file__).with_name("server_case.py")
+MISTAKES = Path(__file__).with_name("server_mistakes.py")
 ABSOLUTE = 1e-9  # float64; parts of a batch are added in another order than one process adds its rows
 
 
@@ -62,6 +64,7 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
         ("ps()", ("--accumulate", "3")),
         ("ps(servers=2)", ("--optimizer", "sgd", "--evaluate")),
         ("ps(servers=2, backup=1)", ("--by-hand",)),
+        ("ps(where=host)", ("--evaluate",)),
         *more(("ps()", ("--workers", "2")), ("ps(backup=2)", ("--accumulate", "2")), ("ps(servers=3)", ("--by-hand",))),
     ],
 )
@@ -78,6 +81,7 @@ def test_synchronous_servers_do_what_one_process_does(
     [
         ("ps(staleness=inf, late=dc(0.04))", ("--evaluate", "--workers", "2")),
         ("ps(servers=2, staleness=2, late=damp(inverse))", ("--accumulate", "2")),
+        ("hogwild()", ()),
         *more(("ps()", ()), ("ps(staleness=1, late=dc(memory=0.95))", ()), ("ps(staleness=inf, late=damp(hinge))", ())),
     ],
 )
@@ -85,6 +89,34 @@ def test_one_worker_of_anything_is_the_plain_loop(strategy: str, arguments: tupl
     want = plain(tmp_path, *arguments)
     got, _, _ = served(tmp_path, strategy, 1, *arguments)
     assert furthest(want, got) == 0.0
+
+
+def test_one_worker_whose_drift_is_taken_whole_is_the_plain_loop(tmp_path: Path) -> None:
+    """theta - (theta - phi) is phi up to one rounding."""
+    want = plain(tmp_path, "--accumulate", "2", "--evaluate")
+    strategy = "async_diloco(every=4, lr=1, momentum=0, servers=2)"
+    got, _, _ = served(tmp_path, strategy, 1, "--accumulate", "2", "--evaluate")
+    assert furthest(want, got) <= ABSOLUTE
+
+
+@pytest.mark.parametrize(
+    "strategy", ["async_diloco(every=3, by_speed=True)", *more("async_easgd(every=3)", "hogwild()")]
+)
+def test_workers_that_step_by_themselves_train_every_row_once(strategy: str, tmp_path: Path) -> None:
+    """The ledger is proved, all end with the same parameters, and they are better than those of the beginning."""
+    got, _, _ = served(tmp_path, strategy, 3, "--epochs", "6", "--evaluate")
+    torch.manual_seed(7)  # as the case does
+    assert loss_of(got) < loss_of(Model().double().state_dict())
+
+
+def loss_of(parameters: dict[str, torch.Tensor]) -> float:
+    """On the rows that the case trains on."""
+    model = Model().double()
+    model.load_state_dict(parameters)
+    data = torch.Generator().manual_seed(1)
+    x = torch.randn(203, 10, dtype=torch.float64, generator=data)
+    y = torch.randint(0, 4, (203,), generator=data)
+    return float(torch.nn.functional.cross_entropy(model(x), y).detach())
 
 
 def test_nothing_is_staler_than_the_bound_and_all_is_told(tmp_path: Path) -> None:
@@ -102,7 +134,6 @@ def test_what_all_evaluate_is_one_model(tmp_path: Path) -> None:
     got, said, _ = served(tmp_path, "ps(staleness=inf)", 3, "--evaluate", "--epochs", "2")
     model_right = [line for line in said.splitlines() if "epoch 1 right" in line]
     assert len(model_right) == 1
-    from parity.server_case import Model
 
     model = Model().double()
     model.load_state_dict(got)
@@ -111,6 +142,32 @@ def test_what_all_evaluate_is_one_model(tmp_path: Path) -> None:
     y = torch.randint(0, 4, (203,), generator=data)
     right = float((model(x).argmax(-1) == y).double().mean())
     assert f"right {right:.6f}" in model_right[0]
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("case", "strategy", "code", "words"),
+    [
+        ("in the script", "ddp()", "PL209", "0 servers were started"),
+        ("schedule", "ps(staleness=inf)", "PL463", "schedule that was not adopted"),
+        ("stream", "ps()", "PL305", "can only be walked"),
+        ("nan", "ps()", "PL409", "weight is not finite"),
+        ("models differ", "ps()", "PL303", "other models"),
+        *more(
+            ("scaler", "ps()", "PL463", "GradScaler"),
+            ("two optimizers", "hogwild()", "PL463", "several optimizers"),
+            ("closure", "ps()", "PL302", "closure"),
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(case: str, strategy: str, code: str, words: str, tmp_path: Path) -> None:
+    flags = ("-n", "1", "--run-dir", tmp_path / "run")
+    if strategy != "ddp()":
+        flags = (*flags, "--strategy", strategy)
+    done = run_paceline("run", MISTAKES, *flags, "--", *case.split(), cwd=tmp_path, timeout=60)
+    assert done.returncode in (1, 3), show(done)
+    assert code in done.stdout + done.stderr, show(done)
+    assert words in done.stdout + done.stderr, show(done)
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class Servers:
         self._last_words: dict[str, str] = {}
         self._faults: dict[str, str] = {}
         self._restarts = 0
+        self._somebody_finished = False
         self.lost = ""
 
     def __enter__(self) -> Servers:
@@ -109,7 +110,8 @@ class Servers:
         return {}
 
     def certify(self, name: str, incarnation: str, why: str) -> None:
-        """Servers have seen it themselves."""
+        """Servers have seen it themselves; they have a last checkpoint to write when somebody has finished."""
+        self._somebody_finished |= why == "finished"
 
     def tick(self, now: float) -> None:
         """Nothing to be done."""
@@ -180,7 +182,8 @@ class Servers:
 
     def _end(self) -> None:
         """All workers have ended: servers end by themselves, or are ended."""
-        deadline = time.monotonic() + (0.0 if self.lost else _FAREWELL)
+        wait = self._somebody_finished and not self.lost
+        deadline = time.monotonic() + (_FAREWELL if wait else 0.0)
         for child in self.children:
             while child.status is None and time.monotonic() < deadline and not _has_ended(child):
                 time.sleep(_PAUSE)

@@ -23,12 +23,12 @@ class Alone:
     Attributes:
         every: Steps from push to push; the lead may ask a slow worker for fewer.
         steps: Taken since the last push.
-        batches: Global batches that all workers have trained, as the lead said last.
+        total: Steps that all workers have pushed, as the lead said last.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self.every, self.steps, self.batches = service.every, 0, 0
+        self.every, self.steps, self.total = service.every, 0, 0
         self._anchor: Tensor | None = None
         self._aside: Tensor | None = None
         self._scheduled: dict[int, int] = {}
@@ -78,7 +78,7 @@ class Alone:
 
     # ---- schedules ----------------------------------------------------------------------------------------------------
     def own_schedule(self, number: int, scheduler: LRScheduler, in_pass: Any) -> None:
-        """A schedule that is stepped after each batch counts the batches of all workers, as it would in one process."""
+        """A schedule that is stepped after each step counts the steps of all workers, as it would in one process."""
         step: Any = scheduler.step
 
         @functools.wraps(scheduler.step)
@@ -86,7 +86,7 @@ class Alone:
             if not in_pass():
                 step(*args, **kwargs)
                 return
-            goal = self.batches + self.steps
+            goal = self.total + self.steps
             for _ in range(self._scheduled.get(number, 0), goal):
                 step(*args, **kwargs)
             self._scheduled[number] = max(goal, self._scheduled.get(number, 0))

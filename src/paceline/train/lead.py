@@ -84,7 +84,7 @@ class Lead:
         self._ended: set[str] = set()
         self._group = 0  # counts who has come and gone
         self._service, self._rule, self.samples, self.round = service, rule, 0, 0
-        self._batches = 0
+        self._steps = 0  # that workers have taken by themselves
         self._pace: dict[str, tuple[float, float]] = {}  # of each worker: its last push, and batches a second
         self._done: dict[tuple[int, int], list[Range]] = {}  # rows of passes that are not over
         self._passes: dict[int, int] = {}
@@ -273,7 +273,7 @@ class Lead:
         """An update was applied: write down what it consumed."""
         ranges: list[Range] = [tuple(row) for message in messages for row in message["rows"]]
         self.samples += sum(row[5] for row in ranges)
-        self._batches += len({tuple(row[:3]) for row in ranges})
+        self._steps += sum(int(message["steps"]) for message in messages)
         for row in ranges:
             self._done.setdefault((row[0], row[1]), []).append(row)
         self._ledger.commit(version, ranges, skipped=skip)
@@ -285,7 +285,7 @@ class Lead:
     def about(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """What the worker that goes on is told."""
         told = {key: entry[key] for key in ("version", "clock", "tau")}
-        told["batches"], told["every"] = self._batches, self._every(entry["worker"])
+        told["steps"], told["every"] = self._steps, self._every(entry["worker"])
         if entry["seq"] == 0:  # where the others are
             told["passes"] = {str(loader): number - 1 for loader, number in self._passes.items()}
             told["epoch"] = self.round
@@ -302,7 +302,7 @@ class Lead:
         return {
             "core": self.core.state(),
             "samples": self.samples,
-            "batches": self._batches,
+            "steps": self._steps,
             "round": self.round,
             "passes": {str(loader): number for loader, number in self._passes.items()},
             "origins": [[*place, origin] for place, origin in self._origins.items()],
@@ -315,7 +315,7 @@ class Lead:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.core = ServerCore.load(self._rule, dict(state["core"]))
-        self.samples, self._batches, self.round = state["samples"], state["batches"], state["round"]
+        self.samples, self._steps, self.round = state["samples"], state["steps"], state["round"]
         self._after, self._restored = dict(state["after"]), True
         self._passes = {int(loader): number for loader, number in state["passes"].items()}
         self._origins = {(loader, epoch): origin for loader, epoch, origin in state["origins"]}

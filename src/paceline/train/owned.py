@@ -79,9 +79,11 @@ class OwnedSteps:
 
         Raises:
             AdoptError: PL304, it has parameters that nobody adopted; PL451, it is the second one where batches come in shards.
-            UsageError: PL205, PL208, it cannot be shared.
+            UsageError: PL205, PL208, it cannot be shared; PL209, the strategy needs servers.
         """
         self._stepper = stepper
+        if exchange.service is not None:
+            raise UsageError("PL209", f"{exchange.text}, and 0 servers were started")
         if exchange.shards and self._owners:
             raise AdoptError("PL451", "exact=True works with one optimizer, and a second one was adopted")
         if stepper is not None:

@@ -286,6 +286,7 @@ class Served:
             "weight": weight,
             "sum": summed or self._summed,
             "finite": True,
+            "steps": self._alone.steps if self._alone is not None else 0,
             "absent": absent,
             "covers": [[p.loader, p.epoch, p.batch, p.part, p.parts] for p, _ in held if p.parts],
             "rows": [[r.loader, r.epoch, r.start, r.rows, r.start + r.local_start, r.local_rows] for _, r in held],
@@ -331,7 +332,7 @@ class Served:
         """What the lead says with the parameters."""
         self.version, self.staleness = meta["version"], meta["tau"]
         if self._alone is not None:
-            self._alone.batches, self._alone.every = meta["batches"], meta["every"]
+            self._alone.total, self._alone.every = meta["steps"], meta["every"]
         self._loop.stand(meta["version"], meta["samples"])
         if meta["group"] != self._group:
             self._group = meta["group"]

@@ -58,6 +58,7 @@ class Loaders:
             "want_phantom": lambda: self.training,
             "on_batch": self._on_batch,
             "on_epoch": self._on_epoch_end,
+            "before_end": lambda: self._loop.before_end(index),
         }
         if self.leases is not None:
             feed: Feed = LeasedFeed(loader, self.leases, **settings)

@@ -45,7 +45,7 @@ schedule = torch.optim.lr_scheduler.StepLR(opt, step_size=7, gamma=0.95)
 job = paceline.job()
 model, opt, schedule, train, test = job.adopt(model, opt, schedule, train, test)
 done, seen = 0, []
-for epoch in job.epochs(args.epochs):
+for _ in job.epochs(args.epochs):
     for xb, yb in train:
         opt.zero_grad()
         each = F.cross_entropy(model(xb), yb, reduction="none")

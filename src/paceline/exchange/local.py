@@ -105,7 +105,8 @@ def diloco(
         codec=_coded(how),
         state=_state("diloco", state),
     )
-    rounds = Rounds(_streamed(cadence, fragments, overlap, blend), state, fragments, overlap, blend, fragments == 1)  # type: ignore[arg-type]
+    each, level = _streamed(cadence, fragments, overlap, blend), fragments == 1 and not blend
+    rounds = Rounds(each, state, fragments, overlap, blend, level)  # type: ignore[arg-type]
     return _exchange(Outer(lr, momentum, nesterov, how), text, rounds)
 
 

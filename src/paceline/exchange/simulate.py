@@ -184,7 +184,7 @@ class _Peer:
     async def _receive(self, blend: float) -> None:
         sent, self._sent = self._sent, []
         await Until([flight for _, flight in sent])
-        for live, _ in sent:
+        for live, _ in sent if self._network.size > 1 else ():
             for i, view in live.views.items():
                 self.parameters[i].detach().mul_(blend).add_(view, alpha=1.0 - blend) if blend else self._put(i, view)
         self._since, self._weight, self._turn = 0, 0.0, self._turn + 1

@@ -362,7 +362,7 @@ class Rounds:
 
     def _agree(self) -> None:
         """The round counts, for all ranks or for none. Raises StepError PL440."""
-        evens = self._evens or self._plan.fragments > 1
+        evens = self._evens or self._plan.fragments > 1 or self._plan.overlap > 0
         found = fingerprint(packed.buffer.tensor for packed in self._sent) if evens else []
         said = self._wire.gather_bytes("round", json.dumps(found).encode())
         if len(set(said)) > 1:

@@ -80,9 +80,10 @@ class Within:
 
     def steps(self, pace: Pace) -> int:
         """Steps of a round at this pace; 1 while nothing is measured."""
-        if not pace.step > 0:
+        if not self.part * pace.step > 0:
             return 1
-        return min(self.most, max(1, math.ceil(pace.exchange * (1 - self.part) / (self.part * pace.step))))
+        wanted = pace.exchange * (1 - self.part) / (self.part * pace.step)
+        return self.most if wanted >= self.most else max(1, math.ceil(wanted))
 
     def due(self, since: int, pace: Pace) -> bool:
         """True from the last step of a round on."""

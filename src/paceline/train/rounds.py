@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -126,7 +126,8 @@ class Rounds:
         self._sent: list[Packed] = []
         self._full = False
         self._weight, self._backwards, self._nonfinite = 0.0, 0, 0
-        self._pace, self._clock = Pace(), time.perf_counter()
+        self._pace = Pace()  # the same on all ranks: it says when rounds end
+        self._exchange_s, self._clock = 0.0, time.perf_counter()
         self._nbytes = 0.0
         self._hook: Any = None
         self._drive = self._new_drive()
@@ -333,7 +334,7 @@ class Rounds:
         step_s = (time.perf_counter() - self._clock) / max(1, self._since)
         header = [self._rows[-1], steps, steps * steps, float(self._nonfinite)]
         header += [float(self._activity.board.stop_requested), float(self._change()), float(self._save())]
-        header += [mark, mark * mark, step_s, self._pace.exchange, *self._rows]
+        header += [mark, mark * mark, step_s, self._exchange_s, *self._rows]
         sums: list[float] = self._drive.run(_sum(self._roll, header), "round")
         self._check(sums)
         pace = Pace(sums[STEP_S] / size, sums[EXCHANGE_S] / size)
@@ -389,8 +390,8 @@ class Rounds:
             self._rows[self._rest] = 0.0
         self._turn, self._since, self._nonfinite = self._turn + 1, 0, 0
         self.level = self._evens
-        self._pace = replace(news.pace, exchange=time.perf_counter() - began)
-        self._clock = time.perf_counter()
+        self._pace, self._clock = news.pace, time.perf_counter()
+        self._exchange_s = self._clock - began
         self._news, self._sent = None, []
         return news
 
@@ -415,7 +416,8 @@ class Rounds:
     def state_dict(self) -> dict[str, Any]:
         """What links remember, by the names of parameters: true until the next round ends."""
         rows = [float(rows) for rows in self._rows]
-        return {"turn": self._turn, "level": self.level, "rows": rows, "links": self._saved()}
+        pace = [self._pace.step, self._pace.exchange]
+        return {"turn": self._turn, "level": self.level, "rows": rows, "pace": pace, "links": self._saved()}
 
     def _saved(self) -> dict[str, Any]:
         links: dict[str, Any] = {}
@@ -434,6 +436,7 @@ class Rounds:
         """Go on from there. What another kind of link remembered is left out. Raises AdoptError PL610."""
         self.drop()
         self._turn, self.level, self._since = saved["turn"], saved["level"], 0
+        self._pace = Pace(*saved["pace"])
         rows = [float(rows) for rows in saved["rows"]]
         self._rows = rows if len(rows) == self._rest + 1 else [0.0] * (self._rest + 1)
         self._states = {p: self._chain_of(p).init(p.bucket) for p in self._packed}

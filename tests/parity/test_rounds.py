@@ -235,3 +235,23 @@ def test_one_worker_of_anything_is_the_plain_loop_to_the_bit(tmp_path: Path) -> 
     assert done.returncode == 0, show(done)
     a, b = torch.load(want / "end.pt"), torch.load(have / "end.pt")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- what cannot be ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("mistake", "code"), [("scaler", "PL210"), ("sum", "PL408"), ("uneven", "PL412")])
+def test_mistakes_are_told(mistake: str, code: str, tmp_path: Path) -> None:
+    flags = ("--workers", "2", "--strategy", "local_sgd(3)", "--run-dir", tmp_path / "run")
+    done = run_paceline("run", CASE.with_name("rounds_mistakes.py"), *flags, "--", mistake, cwd=tmp_path, timeout=60)
+    assert done.returncode != 0
+    assert code in done.stdout + done.stderr, show(done)
+
+
+def test_a_rank_whose_gradient_is_not_finite_leaves_out_its_own_step(tmp_path: Path) -> None:
+    flags = ("--workers", "2", "--strategy", "local_sgd(3)", "--run-dir", tmp_path / "run")
+    script = ("--", "--epochs", "2", "--poison", "4", "--out", tmp_path)
+    done = run_paceline("run", CASE, *flags, *script, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, show(done)
+    assert "PL409" in done.stdout + done.stderr, show(done)
+    assert all(torch.isfinite(tensor).all() for tensor in torch.load(tmp_path / "end.pt").values())
+    proved = run_paceline("verify", "ledger", tmp_path / "run", cwd=tmp_path)
+    assert proved.returncode == 0, show(proved)

@@ -63,7 +63,7 @@ class Exchanging:
         loop: Where this rank stands.
         sink: Where events go.
         desk: The job's.
-        hosts: For each rank the index of its host; empty when all are on one.
+        hosts: For each rank the index of its host.
 
     Attributes:
         stepper: Exchanges gradients; None where the strategy never does.
@@ -81,6 +81,7 @@ class Exchanging:
         hosts: Sequence[int],
     ) -> None:
         self._exchange, self._loop, self._sink, self._desk = exchange, loop, sink, desk
+        hosts = hosts if len(set(hosts)) > 1 else ()
         phases = [phase for _, phase in exchange.phases] or [exchange]
         self.stepper: Stepper | None = None
         self.rounds: Rounds | None = None
@@ -133,13 +134,13 @@ class Exchanging:
         self.settle()
 
     def own(self, given: adoption.Adopted) -> None:
-        """Know the optimizers. Raises AdoptError PL209 for a gradient scaler where ranks step on their own."""
+        """Know the optimizers. Raises AdoptError PL210 for a gradient scaler where ranks step on their own."""
         self._optimizers += len(given.optimizers)
         if self.rounds is not None:
             self.rounds.remembered.optimizers += given.optimizers
             if given.scalers:
                 message = "a gradient scaler leaves out steps, each rank others, and ranks that step on their own must be in step"
-                raise AdoptError("PL209", message)
+                raise AdoptError("PL210", message)
 
     # ---- phases -----------------------------------------------------------------------------------------------------
     def settle(self, steps: int | None = None, *, build: bool = True) -> None:
@@ -204,6 +205,18 @@ class Exchanging:
             self.close(full=True)
         if not self._loop.round_open:
             self.settle()
+
+    def without_loader(self) -> None:
+        """A step begins in a loop that asks no loader for its batches."""
+        if self._loop.local:
+            self.at_iteration()
+            if not self._loop.round_open:
+                self.begin_round()
+
+    def remember_statistics(self) -> None:
+        """A batch that comes in shards begins."""
+        if self.stepper is not None:
+            self.stepper.remember_statistics()
 
     def begin_round(self) -> None:
         """Between two rounds. Where members may be lost, everything that a round changes is copied: that is what is returned to."""

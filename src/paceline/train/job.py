@@ -230,22 +230,18 @@ class Job:
         assert self._wire is not None
         assert self._exchange is not None
         if self._exchanging is None:
-            hosts = self._place.hosts if len(set(self._place.hosts)) > 1 else ()
-            desk = Desk(self._members, self._saving.due, self._things)
-            self._exchanging = Exchanging(
-                self._exchange, self._wire, self._activity, self._loop, self._sink, desk, hosts
-            )
+            about = self._activity, self._loop, self._sink, Desk(self._members, self._saving.due, self._things)
+            self._exchanging = Exchanging(self._exchange, self._wire, *about, self._place.hosts)
         self._exchanging.place(models)
 
     def _level(self, *, redo: bool = True) -> None:
-        """Let all ranks have the same parameters."""
         if self._exchanging is not None:
             self._exchanging.close(full=True, redo=redo)
 
     # ---- data -----------------------------------------------------------------------------------------------------
     def _first_round(self) -> None:
-        if self._exchanging is not None and self._exchanging.stepper is not None:
-            self._exchanging.stepper.remember_statistics()
+        if self._exchanging is not None:
+            self._exchanging.remember_statistics()
 
     def _share_streams(self, mine: bytes) -> bytes:
         if self._wire is None:
@@ -285,9 +281,8 @@ class Job:
 
     def _step_without_loader(self) -> None:
         self._join()
-        if self._exchanging is not None and self._loop.local:
-            self._exchanging.at_iteration()
-            self._exchanging.begin_round()
+        if self._exchanging is not None:
+            self._exchanging.without_loader()
         if not self._loop.round_open:
             self._saving.step_ended(self.main)
 
@@ -315,8 +310,6 @@ class Job:
     def _restore(self, tree: trees.Tree) -> None:
         """Take over a state. Raises AdoptError PL610 for that of another job."""
         trees.restore(self._things(), tree)
-        if self._exchanging is not None:
-            self._exchanging.forget_copy()
         self._first_epoch = self._loop.passed
 
     def _divide_anew(self, epoch: Epoch) -> None:

@@ -26,6 +26,7 @@ from paceline.terms.errors import StepError, Stopped
 from paceline.terms.event import Event, Sink
 from paceline.train import replicas
 from paceline.train.ledger import Ledger, Range
+from paceline.train.parts import refuse_unlike_shares, shard_of
 from paceline.train.redo import Redo
 from paceline.train.step import Verdict
 
@@ -70,6 +71,7 @@ class Loop:
         self._inner: list[tuple[int, list[Range], bool]] = []  # steps of the open round
         self._round_feeds: set[int] = set()
         self._round_mark = 0
+        self._last: dict[int, Slice] = {}  # what the last step was taken on
         self._stepped_samples = 0
         self._looked = 0
         self._committed_samples = 0
@@ -204,7 +206,8 @@ class Loop:
 
     def where(self) -> str:
         """What this rank trains on, for people."""
-        told = [f"batch {b.batch} of epoch {b.epoch} of loader {b.loader}" for _, b in sorted(self._given.items())]
+        given = self._given or self._last
+        told = [f"batch {b.batch} of epoch {b.epoch} of loader {b.loader}" for _, b in sorted(given.items())]
         return " and ".join(told) or "no batch"
 
     # ---- with parameter servers -----------------------------------------------------------------------------------
@@ -265,7 +268,7 @@ class Loop:
         if self._weight is not None:
             return Scale.mean(0.0 if self.phantom else self._weight, self._reference or self._rows)
         if self._latest is not None:
-            self._refuse_unlike_shares()
+            refuse_unlike_shares((batch.rows for batch in self._given.values()), self.size)
             return Scale.mean(float(self._latest.local_rows), self._rows)
         return Scale.mean(1.0, float(self.size))
 
@@ -285,7 +288,7 @@ class Loop:
 
     def _scale_of_shard(self) -> Scale:
         """How the gradient of one shard counts; nothing in it may depend on the number of ranks."""
-        shard = self._shard = self._pending_shard()
+        shard = self._shard = shard_of(list(self._pending.values()), self._unstepped, self._weight is not None)
         self._take()
         self._unstepped = True
         rows, mine = float(shard.rows), float(shard.local_rows)
@@ -296,36 +299,12 @@ class Loop:
         factor = float(not shard.phantom) if self._weight == "sum" else weight / divisor
         return Scale(weight, divisor, factor, shard.shard, shard.round == 0, shard.last)
 
-    def _pending_shard(self) -> Slice:
-        """The shard that is trained on. Raises StepError PL413, PL450, PL451."""
-        shards = list(self._pending.values())
-        if not shards or self._unstepped:
-            raise StepError("PL450", "exact=True: a second gradient was taken of the same rows")
-        if any(shard.shard < 0 for shard in shards):
-            raise StepError("PL451", "exact=True: the rows trained on were not cut into shards")
-        if len({(shard.round, shard.rounds) for shard in shards}) > 1:
-            raise StepError(
-                "PL451", "exact=True: the loaders of one step have batches with different numbers of shards"
-            )
-        if self._weight is None and len({shard.rows for shard in shards}) > 1:
-            raise StepError("PL413", "exact=True: this step trains on batches of different numbers of rows")
-        return shards[-1]
-
     def _refuse_open_shard(self, batch: Slice) -> None:
         """Raise StepError PL450 when the loop goes on as it must not."""
         if self._unstepped and not self.redo.aborted and batch.loader in self._open_feeds:
             raise StepError("PL450", "exact=True: a gradient was taken, and no optimizer step followed it")
         if batch.round == 0 and self._open and self.mid_step:
             raise StepError("PL450", "exact=True: the loop was left before all shards of a batch had come")
-
-    def _refuse_unlike_shares(self) -> None:
-        """Raise StepError PL413 when it depends on the loader how much of a batch this rank has: whose loss is it?"""
-        rows = {batch.rows for batch in self._given.values()}
-        if len(rows) > 1 and any(n % self.size for n in rows):
-            raise StepError(
-                "PL413",
-                f"this step trains on batches of {' and '.join(map(str, sorted(rows)))} rows, of which a rank has different shares",
-            )
 
     @property
     def _rows(self) -> float:
@@ -406,7 +385,7 @@ class Loop:
         """A step was taken; it counts when its round does."""
         self._inner.append((self.steps, list(self._open), skipped))
         self._round_mark = self._mark_given(self._round_mark)
-        self._stepped_samples = self.samples
+        self._stepped_samples, self._last = self.samples, dict(self._given)
         self._streak *= skipped
         for index in self._open_feeds:
             self._feeds[index].step()

@@ -207,6 +207,8 @@ class Members:
             epoch.wire.broadcast(given[name], epoch.leader)
         if behind:
             self._hands.restore(trees.unflatten(skeleton, given))
+            if (exchanging := self._hands.exchanging()) is not None:
+                exchanging.forget_copy()
 
     def close(self, why: str) -> None:
         """The script has ended: ``finished``, ``failed``."""

@@ -21,6 +21,7 @@ from paceline.group.shm_wire import ShmWire
 from paceline.terms.errors import PacelineError
 from paceline.terms.plan import Place, Plan
 from paceline.train.job import Job
+from support.breadth import more
 from support.cli import run_paceline, run_python, show
 from support.peers import Peer, run_peers
 
@@ -255,3 +256,42 @@ def test_a_rank_whose_gradient_is_not_finite_leaves_out_its_own_step(tmp_path: P
     assert all(torch.isfinite(tensor).all() for tensor in torch.load(tmp_path / "end.pt").values())
     proved = run_paceline("verify", "ledger", tmp_path / "run", cwd=tmp_path)
     assert proved.returncode == 0, show(proved)
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------------
+def _end(tmp_path: Path, strategy: str, name: str, *flags: str | Path) -> dict[str, Tensor]:
+    out = tmp_path / name / "out"
+    out.mkdir(parents=True)
+    arguments = (
+        "run",
+        CASE,
+        "--strategy",
+        strategy,
+        "--run-dir",
+        tmp_path / name / "run",
+        *flags,
+        "--",
+        "--out",
+        out,
+        "--norm",
+    )
+    done = run_paceline(*arguments, cwd=tmp_path, timeout=90)
+    assert done.returncode == 0, show(done)
+    proved = run_paceline("verify", "ledger", tmp_path / name / "run", cwd=tmp_path)
+    assert proved.returncode == 0, show(proved)
+    end: dict[str, Tensor] = torch.load(out / "end.pt")
+    return end
+
+
+@pytest.mark.parametrize("strategy", ["diloco(every=4)", *more("gossip()")])
+def test_a_resumed_run_ends_where_the_undisturbed_one_does(strategy: str, tmp_path: Path) -> None:
+    """From the middle of a pass, with the outer momentum; then with another number of workers."""
+    often = ("--checkpoint", "every=10,keep=20,busy=wait")  # which is a full round each time
+    whole = _end(tmp_path, strategy, "whole", "--workers", "2", *often)
+    saved = tmp_path / "whole" / "run" / "checkpoints" / "step-00000010"
+    resumed = _end(tmp_path, strategy, "resumed", "--workers", "2", "--resume", saved, *often)
+    for name in whole.keys() - {"seen"}:
+        assert (whole[name] - resumed[name]).abs().max() <= CLOSE, name
+    if strategy.startswith("diloco"):
+        other = _end(tmp_path, strategy, "other", "--workers", "3", "--resume", saved)
+        assert (whole["0.weight"] - other["0.weight"]).abs().max() < 0.1

@@ -262,6 +262,7 @@ class Exchanging:
     def _count(self, news: News) -> None:
         assert self.rounds is not None
         self._loop.close_round(stop=news.stop, change=news.change)
+        self._loop.level = self.rounds.level
         self._loop.save_due = news.save and not self.rounds.level
         self._held = None
 
@@ -286,6 +287,7 @@ class Exchanging:
     def forget_copy(self) -> None:
         """The state has come from elsewhere."""
         self._held = None
+        self._loop.level = self.rounds is None or self.rounds.level
 
     def say_lost_rows(self) -> None:
         """The loop is over, and cannot train on what a lost member had trained on since the last round."""

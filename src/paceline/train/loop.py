@@ -67,6 +67,7 @@ class Loop:
         self.local = False
         self.round_due = False
         self.save_due = False
+        self.level = True  # all ranks hold the same parameters, but for the open round
         self.settled = 0  # steps that count
         self._inner: list[tuple[int, list[Range], bool]] = []  # steps of the open round
         self._round_feeds: set[int] = set()
@@ -139,7 +140,8 @@ class Loop:
             self._looked = self.steps // replicas.EVERY
             if not self.local:  # a round compares what came out of it
                 self.on_look()
-        self.on_step_end()
+        if self.level or not self.local:
+            self.on_step_end()
         if self.change_due and self.on_boundary is not None:
             self.change_due = False
             self.on_boundary()

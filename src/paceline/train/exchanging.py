@@ -168,6 +168,7 @@ class Exchanging:
                 self.rounds.rest()
             self.rounds.attach(local)
         self._loop.be_local(local)
+        self._loop.level = True
         self._held = None
 
     def rewire(self, wire: Wire, hosts: Sequence[int]) -> None:

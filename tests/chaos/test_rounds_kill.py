@@ -26,7 +26,7 @@ def prove(drill: Drill) -> None:
 
 CASES = {
     "inner steps": ("diloco(every=8, fragments=4, overlap=1, blend=0.5)", ["--epochs", "20", "--accumulate", "2"]),
-    "every step": ("gossip(ring)", ["--epochs", "15"]),
+    "every step": ("gossip(ring)", ["--epochs", "10"]),
     "two optimizers": ("then(ddp(), after=40, next=local_sgd(5))", ["--epochs", "15", "--two"]),
 }
 

@@ -396,7 +396,7 @@ def test_what_is_kept_of_overlapped_steps_flows_into_the_next_drift() -> None:
         ("then(ddp(exact=True), after=5, next=local_sgd())", "cannot be changed"),
         ("then(ddp(params=shared), after=5, next=local_sgd())", "cannot be changed"),
         ("then(bf16, after=5, next=local_sgd())", "is not known"),
-        ("then(ddp(), after=5, next=ddp(codec=zip()))", "no codec 'zip'"),
+        ("then(ddp(), after=5, next=ddp(codec=zip()))", "no value 'zip'"),
         ("post_local_sgd()", "missing a required argument"),
     ],
 )

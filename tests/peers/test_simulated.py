@@ -56,6 +56,8 @@ def real(peer: Peer, strategy: str) -> list[list[str]]:
         opt.zero_grad()
         F.cross_entropy(net(x), y).backward()
         opt.step()
+    with job.evaluating(net):
+        pass
     found = [[float(v).hex() for v in p.detach().flatten()] for p in net.parameters()]
     job.finish()
     return found
@@ -77,7 +79,10 @@ def simulated(size: int, strategy: str) -> list[Tensor]:
     return done.parameters[0]
 
 
-@pytest.mark.parametrize(("size", "strategy"), [(2, "ddp()"), (3, "ddp()"), (2, "ddp(codec=bf16)")])
+@pytest.mark.parametrize(
+    ("size", "strategy"),
+    [(2, "ddp()"), (3, "ddp()"), (2, "ddp(codec=bf16)"), (3, "diloco(every=4)"), (2, "easgd(every=5)")],
+)
 def test_simulated_equals_real(size: int, strategy: str) -> None:
     """To the last bits: only the constant by which payloads are scaled may differ, which rounds once per step."""
     expected = simulated(size, strategy)

@@ -131,3 +131,41 @@ def test_a_loop_without_a_loader_goes_on_with_its_next_backward() -> None:
     assert not redo.step()
     redo.backward()
     assert redo.step()
+
+
+def test_rounds_that_are_undone_count_for_nothing_and_nothing_is_replayed() -> None:
+    """Where ranks step on their own, steps that were applied are put back, and done once more."""
+    toy = Toy(set())
+    rounds = iter(toy)
+    for _ in range(2):
+        next(rounds)
+        toy.backward()
+        toy.step()
+    toy.redo.rewind()  # inside of the second opt.step()
+    assert toy.redo.aborted
+    assert not toy.redo.step()  # what else this round of the loop steps
+    toy.position = toy.committed = 0
+    assert next(rounds) == 0
+    assert not toy.redo.aborted
+    assert not toy.redo.replaying
+
+
+def test_a_loop_that_was_accumulating_when_its_steps_were_undone_is_given_fillers() -> None:
+    redo = Redo()
+    redo.rounds = True
+    for _ in range(3):  # a step of three backwards
+        assert not redo.next_round()
+        redo.backward()
+    assert redo.step()
+    redo.commit()
+    assert not redo.next_round()
+    redo.backward()
+    redo.rewind()  # at the end of a pass, one backward into the next step
+    given = []
+    for _ in range(2):
+        given.append(redo.next_round())
+        redo.backward()
+    assert given == [True, True]
+    assert not redo.step()
+    assert not redo.next_round()
+    redo.backward()

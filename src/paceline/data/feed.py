@@ -54,7 +54,7 @@ class Feed(DataLoader[Any]):
         index: Which of the job's loaders this is.
         activity: Where reading is shown as ``Phase.INPUT``.
         before_pass: Called first in ``iter(feed)``.
-        before_batch, want_phantom, on_batch, on_epoch: See :class:`~paceline.data.loop.Hooks`.
+        before_batch, want_phantom, on_batch, on_epoch, before_end: See :class:`~paceline.data.loop.Hooks`.
         shares: Relative speeds of all ranks, for unequal pieces.
         shards: Cut batches to train on into so many shards, whatever the number of ranks; the loop gets one after the other.
     """
@@ -73,6 +73,7 @@ class Feed(DataLoader[Any]):
         want_phantom: Callable[[], bool] = _always,
         on_batch: Callable[[Slice], None] = _nothing,
         on_epoch: Callable[[EpochEnd], None] = _nothing,
+        before_end: Callable[[], bool] = bool,
         shares: Sequence[float] | None = None,
         shards: int = 0,
     ) -> None:
@@ -84,14 +85,14 @@ class Feed(DataLoader[Any]):
         self._index = index
         self._activity = activity or Board.private(1).activity(0)
         self._before_pass = before_pass
-        self._hooks = Hooks(before_batch, want_phantom, on_batch, on_epoch)
+        self._hooks = Hooks(before_batch, want_phantom, on_batch, on_epoch, before_end)
         self._walked = is_walked(loader)
         self._aligned = False
         self._inner: tuple[DataLoader[Any], Walk | None] | None = None
         self._epoch = -1
         self._course: Course | None = None
         self._origin: Origin | None = None
-        self._committed = self._before = Cursor()
+        self._committed = self._before = self._stepped = Cursor()
         self._resume: Position | None = None
         # Weak: when the loop drops its iterator (`break`), the pass is over, and workers end as torch ends them.
         self._pass: Callable[[], Pass | None] = _nothing
@@ -129,8 +130,23 @@ class Feed(DataLoader[Any]):
 
     def commit(self) -> None:
         """Say that everything the loop got so far has been trained on: the position moves here, and only here."""
+        self.step()
+        self.commit_steps()
+
+    def step(self) -> None:
+        """Say that everything the loop got so far has been stepped on, which may be undone: the position stays."""
         if self._course is not None:
-            self._before, self._committed = self._committed, self._course.seen
+            self._stepped = self._course.seen
+
+    def commit_steps(self) -> None:
+        """Say that these steps count: the position moves to where the last of them was."""
+        if self._course is not None:
+            self._before, self._committed = self._committed, self._stepped
+
+    @property
+    def live(self) -> bool:
+        """A loop holds the open pass, and can be given rows of it once more."""
+        return self._course is not None and not self._course.ended and self._pass() is not None
 
     @property
     def trained(self) -> bool:
@@ -211,10 +227,12 @@ class Feed(DataLoader[Any]):
         resumed, self._resume = self._resume, None
         if resumed is None or resumed.begin is None:
             self._epoch += 1
-            self._origin, self._committed, self._before = sources.snapshot(), Cursor(), Cursor()
+            self._origin = sources.snapshot()
+            self._committed = self._before = self._stepped = Cursor()
             self._course = Course(self._index, self._epoch, again=self._inner is not None)
             return self._course
-        self._origin, self._committed, self._before = resumed.begin, resumed.cursor, resumed.cursor
+        self._origin = resumed.begin
+        self._committed = self._before = self._stepped = resumed.cursor
         rewind = Rewind(sources, resumed.begin)
         self._course = Course(self._index, self._epoch, resumed.cursor, rewind, resumed.ahead, resumed.again)
         return self._course

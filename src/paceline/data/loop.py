@@ -25,6 +25,8 @@ class Hooks:
             once more, as a stand-in that does not count.
         want_phantom: Whether a rank without a row in a batch takes part in it anyway.
         on_batch: Called with the slice that the loop is about to get.
+        before_end: Called when a pass has no more batches. True: it goes on all the same, because the ranks have changed and what
+            followed the last commit is given once more.
         on_epoch: Called when a pass ends, before ``StopIteration``, and when one was left early (see ``Feed.close``).
     """
 
@@ -32,6 +34,7 @@ class Hooks:
     want_phantom: Callable[[], bool]
     on_batch: Callable[[Slice], None]
     on_epoch: Callable[[EpochEnd], None]
+    before_end: Callable[[], bool] = bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class Pass(Iterator[Any]):
         with self._activity.during(Phase.INPUT, "next batch"):
             arrived = self._arrive()
         if arrived is None:
+            if self._hooks.before_end():
+                return next(self)
             self._end()
             raise StopIteration
         piece, rows = arrived

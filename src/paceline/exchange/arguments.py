@@ -57,10 +57,18 @@ def positive(recipe: str, argument: str, value: object) -> float:
     return value  # type: ignore[return-value]
 
 
-def whole(recipe: str, argument: str, value: object, most: int) -> int:
-    """`value`, if it is a whole number from 1 to `most`. Raises UsageError PL203."""
-    if type(value) is not int or not 1 <= value <= most:
-        said = f"{argument} is a whole number from 1 to {most}."
+def between(recipe: str, argument: str, value: object, least: float, most: float) -> float:
+    """`value`, if it is a number from `least` to `most`. Raises UsageError PL203."""
+    if type(value) not in (int, float) or not least <= value <= most:  # type: ignore[operator]
+        said = f"{argument} is a number from {least:g} to {most:g}."
+        raise UsageError("PL203", f"{recipe}: {argument}={value!r} cannot be", help=said)
+    return value  # type: ignore[return-value]
+
+
+def whole(recipe: str, argument: str, value: object, most: int, *, least: int = 1) -> int:
+    """`value`, if it is a whole number from `least` to `most`. Raises UsageError PL203."""
+    if type(value) is not int or not least <= value <= most:
+        said = f"{argument} is a whole number from {least} to {most}."
         raise UsageError("PL203", f"{recipe}: {argument}={value!r} cannot be", help=said)
     return value
 
@@ -71,8 +79,13 @@ def spell(function: Callable[..., Any], **values: object) -> str:
     for name, parameter in inspect.signature(function).parameters.items():
         value = values[name]
         if value != parameter.default:
-            given.append((name, Call(value, bare=True) if isinstance(value, str) else value))
+            given.append((name, _spelled(value)))
     return str(Call(function.__name__, kwargs=tuple(given)))
+
+
+def _spelled(value: object) -> object:
+    """Words bare; other strings, such as the edges of a graph, quoted."""
+    return Call(value, bare=True) if isinstance(value, str) and value.isidentifier() else value
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

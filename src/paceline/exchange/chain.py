@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from paceline.exchange.link import Link, Message, State
+from paceline.exchange.cadence import Cadence, Every, Pace
+from paceline.exchange.link import Anchored, Link, Message, State
 from paceline.exchange.service import Service
 from paceline.terms.bucket import Bucket
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,12 @@ class Chain:
             await link(message, state)
         return message
 
+    def begin(self, payload: Tensor, states: list[State]) -> None:
+        """The first round begins with the parameters in `payload`."""
+        for link, state in zip(self.parameter_links, states[len(self.gradient_links) :], strict=True):
+            if isinstance(link, Anchored) and not state:
+                link.begin(payload, state)
+
     def describe(self) -> str:
         """What the links say of themselves, in the order in which they act."""
         links: tuple[Link | Optimizer, ...] = (*self.gradient_links, optimizer, *self.parameter_links)
@@ -78,6 +88,56 @@ _PARAMS = {
 }
 
 
+_STATE = {
+    "local": "every rank keeps its own",
+    "average": "averaged over ranks with every round",
+    "reset": "begins anew with every round",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How the links behind the optimizer are run.
+
+    Attributes:
+        cadence: When a round ends; with fragments: when the next one is due.
+        state: What happens to the state of the script's optimizer when a round ends.
+        fragments: Into how many parts the parameters are cut; each round exchanges one of them, in turn.
+        overlap: The exchange begins so many steps before the round ends.
+        blend: How much of the parameters of the steps made meanwhile is kept.
+        level: All ranks hold the same parameters after every round; else after a full one only.
+    """
+
+    cadence: Cadence = field(default_factory=Every)
+    state: Literal["local", "average", "reset"] = "local"
+    fragments: int = 1
+    overlap: int = 0
+    blend: float = 0.0
+    level: bool = True
+
+    def fragment(self, turn: int) -> int:
+        """Which part the round number `turn` exchanges; the same on all ranks, as all have ended as many rounds."""
+        return turn % self.fragments
+
+    def sends(self, since: int) -> bool:
+        """Whether an exchange that overlaps with steps begins after `since` steps of a round."""
+        return bool(self.overlap) and self.cadence.due(since + self.overlap, Pace())
+
+    def describe(self) -> str:
+        """When, and what else."""
+        lines = [f"  when      {self.cadence.describe()}, and at the end of a pass over the data"]
+        if self.fragments > 1:
+            lines.append(
+                f"  parts     {self.fragments}, layers in turn; one of them each time, all at the end of a pass"
+            )
+        if self.overlap:
+            lines.append(
+                f"  overlap   sent {self.overlap} steps before; {self.blend:g} of what was learned meanwhile is kept"
+            )
+        lines.append(f"  state     of the optimizer: {_STATE[self.state]}")
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """What a recipe returns: the chain, and what it asks of placement.
@@ -90,6 +150,8 @@ class Exchange:
         text: Canonical strategy text; parsing it gives this value again.
         shards: Into how many parts each global batch is cut, whatever the number of ranks; 0: one for each rank.
         service: What is asked of parameter servers, where the strategy has some: then the chain is empty.
+        rounds: How the links behind the optimizer are run, where there are any.
+        phases: Strategies that follow each other, with the step after which each begins; empty where there is one only.
     """
 
     chain: Chain
@@ -98,16 +160,28 @@ class Exchange:
     text: str = "ddp()"
     shards: int = 0
     service: Service | None = None
+    rounds: Rounds | None = None
+    phases: tuple[tuple[int, Exchange], ...] = ()
+
+    def at(self, step: int) -> Exchange:
+        """What is in force after `step` steps."""
+        return [self, *(phase for start, phase in self.phases if start <= step)][-1]
 
     def describe(self) -> str:
         """What is sent, with whom, when, how encoded, how merged; then what is asked of placement."""
         if self.service is not None:
             return f"strategy    {self.text}\n{self.service.describe()}"
+        if self.phases:
+            told = (f"after step {start}\n{phase.describe()}" for start, phase in self.phases)
+            return "\n".join((f"strategy    {self.text}", *told))
+        links = self.chain.describe()
+        if self.rounds is not None:
+            links += "\n" + self.rounds.describe()
         buckets = "size chosen by placement" if self.bucket_mb is None else f"at most {self.bucket_mb:g} MiB each"
         return "\n".join(
             (
                 f"strategy    {self.text}",
-                self.chain.describe(),
+                links,
                 f"parameters  {_PARAMS[self.params]}",
                 f"buckets     {buckets}",
             )

@@ -41,6 +41,7 @@ class Message:
         exchanged: True once the payload is the global mean.
         wide: Two words of float64 for each element of the payload, for links that sum in fixed point.
         shard, first, last: Which part of this rank's share of the batch the payload is of, where it comes in several.
+        full: All ranks are to leave with the same parameters.
     """
 
     bucket: Bucket
@@ -57,6 +58,7 @@ class Message:
     shard: int = 0
     first: bool = True
     last: bool = True
+    full: bool = False
 
     @property
     def payload(self) -> Tensor:
@@ -75,3 +77,11 @@ class Link(Protocol):
 
     def describe(self) -> str:
         """What is sent, with whom, when, how encoded, how merged: one line each, under the name of the link."""
+
+
+@runtime_checkable
+class Anchored(Protocol):
+    """A link behind the optimizer that remembers parameters from round to round."""
+
+    def begin(self, payload: Tensor, state: State) -> None:
+        """The first round begins; `payload` holds the parameters. Not called for a state that was restored."""

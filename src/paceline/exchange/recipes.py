@@ -1,23 +1,27 @@
 """The known algorithms, each a few lines of links. Importing them does not import torch (note in ``exchange/link.py``).
 
 A recipe is a function that checks its arguments, spells them, and returns an :class:`Exchange`; adding one is one function
-here and its name in :data:`RECIPES`. The first line of its docstring is its line in ``paceline run --help``.
+here or in ``local``, and its name in :data:`RECIPES`. The first line of its docstring is its line in ``paceline run --help``.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from paceline.exchange.allreduce import ALGORITHMS, AllReduceMean
 from paceline.exchange.arguments import one_of, positive, spell, whole
+from paceline.exchange.cadence import MOST, Cadence, cadence_for
 from paceline.exchange.chain import Exchange, chain, optimizer
 from paceline.exchange.codec import CODECS, Codec
 from paceline.exchange.exact import MOST_SHARDS, SHARDS, ExactMean
 from paceline.exchange.link import Link
+from paceline.exchange.local import diloco, easgd, gossip, local_sgd, sgp, shown
 from paceline.exchange.ps import async_diloco, async_easgd, hogwild, ps
 from paceline.terms.errors import UsageError
+from paceline.terms.plan import Call
 
 
 def ddp(
@@ -80,12 +84,78 @@ def _check_exact(exact: object, shards: object, codec: Codec | None, algorithm: 
         raise UsageError("PL203", "ddp: exact=True cannot be combined with a codec or an algorithm", help=said)
 
 
+def post_local_sgd(start: int, every: int | Cadence = 16, state: str = "local") -> Exchange:
+    """Synchronous steps first, then local ones.
+
+    It is ``then(ddp(), after=start, next=local_sgd(every))``.
+
+    Lin et al., 1808.07217: local steps from the beginning on may end in worse minima; after the first drop of the learning rate
+    they generalise at least as well as synchronous ones. The optimizer's state is that of the synchronous steps, on all ranks.
+
+    Args:
+        start: Synchronous steps, all counted from the beginning of the run.
+        every, state: See :func:`local_sgd`.
+
+    Raises:
+        UsageError: PL203, an argument has a value that it cannot have.
+    """
+    whole("post_local_sgd", "start", start, MOST)
+    cadence = cadence_for("post_local_sgd", every)
+    text = spell(post_local_sgd, start=start, every=shown(cadence), state=state)
+    return replace(then(ddp(), start, local_sgd(every, state=state)), text=text)
+
+
+def then(first: Exchange | str, after: int, next: Exchange | str) -> Exchange:
+    """One strategy for the first steps, another one for the rest.
+
+    ``then(ddp(), after=1000, next=diloco(every=50))``.
+
+    All ranks change over between the same two steps. It wins where the beginning is delicate (large gradients, a warm-up) and
+    bandwidth is short afterwards; it costs the memory of both.
+
+    Args:
+        first: In force from the beginning.
+        after: Optimizer steps, counted from the beginning of the run.
+        next: In force from then on; a `then` itself counts from the beginning of the run too.
+
+    Raises:
+        UsageError: PL203, an argument has a value that it cannot have, or a strategy that cannot be changed to or from.
+    """
+    whole("then", "after", after, MOST)
+    begin, end = _phase("first", first), _phase("next", next)
+    phases = [(start, phase) for start, phase in _phases(begin) if start < after]
+    phases += [(max(start, after), phase) for start, phase in _phases(end)]
+    last = dict(phases)  # of several that begin together the last
+    text = spell(then, first=Call(begin.text, bare=True), after=after, next=Call(end.text, bare=True))
+    return Exchange(phases[0][1].chain, bucket_mb=begin.bucket_mb, text=text, phases=tuple(last.items()))
+
+
+def _phases(exchange: Exchange) -> tuple[tuple[int, Exchange], ...]:
+    return exchange.phases or ((0, exchange),)
+
+
+def _phase(argument: str, value: object) -> Exchange:
+    exchange = RECIPES[one_of("then", argument, value, RECIPES)]() if not isinstance(value, Exchange) else value
+    for _, phase in _phases(exchange):
+        if phase.shards or phase.params != "private" or phase.service is not None:
+            said = "exact=True, params=shared and parameter servers arrange the whole run, from its first step to its last."
+            raise UsageError("PL203", f"then: {argument}={phase.text} cannot be changed to or from", help=said)
+    return exchange
+
+
 RECIPES: dict[str, Callable[..., Exchange]] = {
     "ddp": ddp,
     "ps": ps,
     "hogwild": hogwild,
     "async_diloco": async_diloco,
     "async_easgd": async_easgd,
+    "local_sgd": local_sgd,
+    "post_local_sgd": post_local_sgd,
+    "diloco": diloco,
+    "easgd": easgd,
+    "gossip": gossip,
+    "sgp": sgp,
+    "then": then,
 }
 
 

@@ -5,7 +5,9 @@ Each peer repeats, for every step:
 1. ask `gradient` for its gradient and weight, at the parameters that it has;
 2. let a third of the computing time pass for forward, the rest in backward, bucket by bucket from the last layer on;
 3. launch the chain's coroutine for a bucket at the moment when backward has filled it;
-4. wait for all of them, step its own torch optimizer, run the links behind the optimizer.
+4. wait for all of them, step its own torch optimizer;
+5. run the links behind the optimizer where a round ends, or begin to, where their exchange overlaps with steps. The last step ends
+   a round, a full one.
 
 So overlap, waiting and contention come out of the same coroutines that real ranks run; what they cost is stated in
 ``group/memory_wire.py``.
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paceline.exchange.chain import Exchange
+from paceline.exchange.cadence import Pace
+from paceline.exchange.chain import Exchange, Rounds
 from paceline.exchange.link import Message, State
 from paceline.group.memory_wire import MemoryNetwork, MemoryWire, PerPair, Span
 from paceline.group.virtual import Elapse, Promise, Until
@@ -108,49 +111,103 @@ class _Peer:
     ) -> None:
         self.rank = rank
         self.parameters = [nn.Parameter(p.detach().clone()) for p in parameters]
-        self._network, self._chain, self._shards = network, exchange.chain, exchange.shards
+        self._network, self._exchange, self._shards = network, exchange, exchange.shards
+        self._phase = exchange.at(0)
         self._optimizer = optimizer(self.parameters)
         limit = BUCKET if exchange.bucket_mb is None else exchange.bucket_mb * 2**20
         self._buckets = [
-            _live(network.wire(rank), exchange, number, indices, self.parameters)
+            _live(network.wire(rank), self._phase, number, indices, self.parameters)
             for number, indices in enumerate(_groups(self.parameters, limit))
         ]
+        self._turn = self._since = 0
+        self._weight = 0.0  # of the open round
+        self._sent: list[tuple[_Live, Promise[Message]]] = []
 
     async def train(self, steps: int, gradient: Gradient, compute: float) -> None:
         numel = sum(live.bucket.numel for live in self._buckets)
+        self._begin()
         for step in range(steps):
             gradients, weight = gradient(self.rank, step, [p.detach() for p in self.parameters])
             await Elapse(compute * FORWARD)
             flights = []
             for live in self._buckets:
                 await Elapse(compute * (1 - FORWARD) * live.bucket.numel / numel)
-                live.fill(gradients, weight / self._network.size)
-                flights.append(self._launch(self._chain.exchange_gradients, live, step, weight))
+                if not self._sent:  # else its memory travels
+                    live.fill(gradients, weight / self._network.size)
+                    flights.append(self._launch(self._phase.chain.exchange_gradients, live, step, weight))
             await Until(flights)
-            self._step()
-            if self._chain.parameter_links:
-                await self._exchange_parameters(step, weight)
+            self._step(gradients)
+            if self._phase.chain.parameter_links:
+                await self._end_step(step, weight, last=step == steps - 1)
+            if (phase := self._exchange.at(step + 1)) is not self._phase:
+                await self._change(phase, step)
 
-    def _launch(self, part: _Part, live: _Live, step: int, weight: float) -> Promise[Message]:
+    def _launch(self, part: _Part, live: _Live, step: int, weight: float, full: bool = False) -> Promise[Message]:
         size = self._network.size
         message = Message(live.bucket, live.buffer, [weight], float(size), self.rank, size, step, wide=live.wide)
-        message.shard = self.rank % max(1, self._shards)
+        message.shard, message.full = self.rank % max(1, self._shards), full
         return self._network.spawn(self.rank, part(message, live.states))
 
-    def _step(self) -> None:
+    def _step(self, gradients: Sequence[Tensor]) -> None:
         for live in self._buckets:
             for i, view in live.views.items():
-                self.parameters[i].grad = view
+                self.parameters[i].grad = gradients[i] if self._sent else view
         self._optimizer.step()
 
-    async def _exchange_parameters(self, step: int, weight: float) -> None:
-        values = [p.detach() for p in self.parameters]
+    # ---- rounds -----------------------------------------------------------------------------------------------------
+    def _begin(self) -> None:
+        for live in self._buckets if self._phase.chain.parameter_links else ():
+            live.fill([p.detach() for p in self.parameters], 1.0)
+            self._phase.chain.begin(live.buffer.tensor, live.states)
+
+    async def _end_step(self, step: int, weight: float, *, last: bool) -> None:
+        rounds = self._phase.rounds or Rounds()
+        self._since += 1
+        self._weight += weight
+        if rounds.sends(self._since) and not self._sent:
+            self._send(rounds, step, full=False)
+        if rounds.cadence.due(self._since, Pace()):
+            if not self._sent:
+                self._send(rounds, step, full=False)
+            await self._receive(rounds.blend)
+        if last:
+            await self._close(step)
+
+    def _send(self, rounds: Rounds, step: int, *, full: bool) -> None:
+        values, part = [p.detach() for p in self.parameters], rounds.fragment(self._turn)
         for live in self._buckets:
-            live.fill(values, 1.0)
-        await Until([self._launch(self._chain.exchange_parameters, live, step, weight) for live in self._buckets])
-        for live in self._buckets:
+            if full or live.bucket.index % rounds.fragments == part:
+                live.fill(values, 1.0)
+                flight = self._launch(self._phase.chain.exchange_parameters, live, step, self._weight or 1.0, full)
+                self._sent.append((live, flight))
+
+    async def _receive(self, blend: float) -> None:
+        sent, self._sent = self._sent, []
+        await Until([flight for _, flight in sent])
+        for live, _ in sent if self._network.size > 1 else ():
             for i, view in live.views.items():
-                values[i].copy_(view)
+                self.parameters[i].detach().mul_(blend).add_(view, alpha=1.0 - blend) if blend else self._put(i, view)
+        self._since, self._weight, self._turn = 0, 0.0, self._turn + 1
+
+    def _put(self, i: int, view: Tensor) -> None:
+        self.parameters[i].detach().copy_(view)
+
+    async def _close(self, step: int) -> None:
+        """All ranks end up with the same parameters."""
+        rounds = self._phase.rounds
+        if rounds is None or (rounds.level and not self._since):
+            return
+        if self._sent:
+            await self._receive(rounds.blend)
+        self._send(rounds, step, full=True)
+        await self._receive(0.0)
+
+    async def _change(self, phase: Exchange, step: int) -> None:
+        await self._close(step)
+        self._phase = phase
+        for live in self._buckets:
+            live.states = phase.chain.init(live.bucket)
+        self._begin()
 
 
 def _groups(parameters: Sequence[Tensor], limit: float) -> Iterator[list[int]]:

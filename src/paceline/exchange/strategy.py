@@ -18,8 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 from paceline.exchange.arguments import invoke
+from paceline.exchange.cadence import CADENCES
 from paceline.exchange.chain import Exchange
 from paceline.exchange.codec import CODECS
+from paceline.exchange.merge import MERGES
 from paceline.exchange.ps import LATE
 from paceline.exchange.recipes import RECIPES
 from paceline.terms.errors import UsageError
@@ -29,7 +31,8 @@ LONGEST = 2000  # characters
 DEEPEST = 20  # calls and lists in each other
 MOST = 20  # factors
 
-_VALUES: dict[str, Callable[..., Any]] = {**CODECS, **LATE}
+_VALUES: dict[str, Callable[..., Any]] = {**CODECS, **LATE, **MERGES, **CADENCES, **RECIPES}
+"""What calls among the arguments of a recipe may mean."""
 
 
 def parse(text: str) -> Strategy:
@@ -74,7 +77,7 @@ def threads(text: str) -> int | None:
 
 
 def _settled(call: Call) -> Call:
-    """`call` with words as strings and codecs as values in its arguments."""
+    """`call` with words as strings and codecs, merges, cadences and recipes as values in its arguments."""
     args = tuple(_value(v) for v in call.args)
     return Call(call.name, args, tuple((name, _value(v)) for name, v in call.kwargs))
 

@@ -180,11 +180,13 @@ class Drive:
     Args:
         wire: Who answers the requests.
         activity: Where to say what is waited for.
+        on_start: Told of each request that is started.
     """
 
-    def __init__(self, wire: Wire, activity: Activity) -> None:
+    def __init__(self, wire: Wire, activity: Activity, on_start: Callable[[Request[Any]], None] | None = None) -> None:
         self._wire = wire
         self._activity = activity
+        self._on_start = on_start
         self._flights: list[_Flight] = []
 
     def launch(
@@ -244,5 +246,7 @@ class Drive:
             if flight.done is not None:
                 flight.done(end.value)
             return True
+        if self._on_start is not None:
+            self._on_start(request)
         flight.work = self._wire.start(request)
         return False

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,8 @@ class Replica:
         order = [p for _, p in reversed(list(params))]
         self._regions = self._allocate(order)
         self._cut(order)
-        self._handles = [p.register_post_accumulate_grad_hook(self._arrive) for _, p in params]  # type: ignore[no-untyped-call]
+        self._handles: list[Any] = []
+        self.attach()
 
     # ---- memory ---------------------------------------------------------------------------------------------------
     def _allocate(self, order: list[nn.Parameter]) -> dict[tuple[torch.dtype, torch.device], Region]:
@@ -312,6 +314,11 @@ class Replica:
     def measure(self, wanted: bool) -> None:
         """Measure the order in the next backward, or know it from elsewhere."""
         self._measured = [] if wanted else None
+
+    def attach(self) -> None:
+        """Hear of gradients, from the next backward on."""
+        if not self._handles:
+            self._handles = [p.register_post_accumulate_grad_hook(self._arrive) for p in self.names]  # type: ignore[no-untyped-call]
 
     def detach(self) -> None:
         """Take the hooks away; gradients stay where they are."""

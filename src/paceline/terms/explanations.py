@@ -124,6 +124,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "that names one with servers by itself comes too late.",
         "start with `paceline run SCRIPT -n N --strategy 'ps(...)'`; the script's own strategy may be left out.",
     ),
+    "PL210": Explanation(
+        "ranks that step on their own stay in step",
+        "Under `local_sgd`, `diloco`, `easgd`, `gossip` and `sgp` every rank takes every step, or counts it. A gradient scaler leaves "
+        "out steps by the gradients of one rank.",
+        "train in bfloat16 without a scaler, or use `ddp()`.",
+    ),
     "PL301": Explanation(
         "this object cannot be adopted",
         "`job.adopt` takes modules, optimizers, learning-rate schedulers, gradient scalers and data loaders.",

@@ -116,12 +116,14 @@ class Checkpointer:
         elif self._writer is not None:
             self._writer.warm()
 
+    def due(self, step: int) -> bool:
+        """A checkpoint of this step would be due."""
+        if self._policy.steps:
+            return step // self._policy.steps > self._mark // self._policy.steps
+        return step > self._mark and time.monotonic() - self._since >= self._policy.seconds
+
     def _is_due(self, step: int) -> bool:
-        now, policy = time.monotonic(), self._policy
-        if policy.steps:
-            due = step // policy.steps > self._mark // policy.steps
-        else:
-            due = step > self._mark and now - self._since >= policy.seconds
+        now, due = time.monotonic(), self.due(step)
         if due or now >= self._retry:
             self._mark, self._since, self._retry = step, now, float("inf")
             return True

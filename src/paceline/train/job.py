@@ -31,6 +31,7 @@ from paceline.train import adopt as adoption
 from paceline.train import replicas, state
 from paceline.train import tree as trees
 from paceline.train.counters import Counters, in_eval_mode
+from paceline.train.exchanging import Desk, Exchanging
 from paceline.train.ledger import Ledger
 from paceline.train.loaders import Loaders
 from paceline.train.loop import Loop
@@ -38,7 +39,6 @@ from paceline.train.members import Hands, Members
 from paceline.train.owned import OwnedSteps
 from paceline.train.plain import Diary, PlainLoader
 from paceline.train.saving import Saving
-from paceline.train.step import Stepper
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class Job:
         self._strategy: str | Exchange = place.plan.strategy
         self._exchange: Exchange | None = None
         self._wire: Wire | None = None
-        self._stepper: Stepper | None = None
+        self._exchanging: Exchanging | None = None
         self._models: dict[str, nn.Module] = {}
         self._optimizers: list[Optimizer] = []
         self._schedulers: list[LRScheduler] = []
@@ -88,7 +88,7 @@ class Job:
         self._loaders = Loaders(self._loop, self._streams, activity, self._join, self._first_round)
         self._first_epoch = 0
         self._neighbours = tuple(f"worker-{rank}" for rank in range(place.local_size))  # the ranks of this host
-        hands = Hands(self._move, lambda: self._stepper, self._saving.capture, self._restore, self._divide_anew)
+        hands = Hands(self._move, lambda: self._exchanging, self._saving.capture, self._restore, self._divide_anew)
         self._members = Members(reunion, place.joins, self._loop, ledger, sink, hands) if reunion is not None else None
         one_host = reunion is not None and reunion.one_host
         self._steps = OwnedSteps(self._loop, activity, self._step_without_loader, self._members, one_host)
@@ -195,11 +195,13 @@ class Job:
         for optimizer in given.optimizers:
             assert self._exchange is not None
             self._steps.own(
-                optimizer, self._stepper, self._exchange, self._wire, self._neighbours, self._place.local_rank
+                optimizer, self._exchanging, self._exchange, self._wire, self._neighbours, self._place.local_rank
             )
         if self._members is not None or self._loop.shards:
             for scheduler in given.schedulers:
                 self._steps.own_schedule(scheduler)
+        if self._exchanging is not None:
+            self._exchanging.own(given)
         if given.scalers and self._loop.shards:
             raise AdoptError("PL451", "exact=True works without a GradScaler, and one was adopted")
         if given.scalers:
@@ -227,29 +229,19 @@ class Job:
     def _place_models(self, models: dict[str, nn.Module]) -> None:
         assert self._wire is not None
         assert self._exchange is not None
-        if self._stepper is None:
-            self._stepper = Stepper(
-                self._wire,
-                self._exchange,
-                self._activity,
-                scale=self._loop.scale,
-                steps=lambda: self._loop.steps,
-                place=self._loop,
-                on_verdict=self._loop.on_verdict,
-                change=lambda: self._members is not None and self._members.change,
-                on_lost=self._members.lost if self._members is not None else None,
-                hosts=self._place.hosts if len(set(self._place.hosts)) > 1 else (),
-            )
-        for label, model in models.items():
-            taken = {p for replica in self._stepper.replicas for p in replica.names}
-            params = adoption.trainable(model, taken)
-            if params:
-                self._stepper.add(model, [(f"{label}.{name}", p) for name, p in params])
+        if self._exchanging is None:
+            about = self._activity, self._loop, self._sink, Desk(self._members, self._saving.due, self._things)
+            self._exchanging = Exchanging(self._exchange, self._wire, *about, self._place.hosts)
+        self._exchanging.place(models)
+
+    def _level(self, *, redo: bool = True) -> None:
+        if self._exchanging is not None:
+            self._exchanging.close(full=True, redo=redo)
 
     # ---- data -----------------------------------------------------------------------------------------------------
     def _first_round(self) -> None:
-        if self._stepper is not None:
-            self._stepper.remember_statistics()
+        if self._exchanging is not None:
+            self._exchanging.remember_statistics()
 
     def _share_streams(self, mine: bytes) -> bytes:
         if self._wire is None:
@@ -289,7 +281,10 @@ class Job:
 
     def _step_without_loader(self) -> None:
         self._join()
-        self._saving.step_ended(self.main)
+        if self._exchanging is not None:
+            self._exchanging.without_loader()
+        if not self._loop.round_open:
+            self._saving.step_ended(self.main)
 
     def _move(self, epoch: Epoch) -> None:
         """Be another rank of another world."""
@@ -309,6 +304,7 @@ class Job:
             names=trees.names_of(self._models),
             loop=self._loop,
             streams=self._streams,
+            chain=self._exchanging.rounds if self._exchanging is not None and self._loop.local else None,
         )
 
     def _restore(self, tree: trees.Tree) -> None:
@@ -330,6 +326,7 @@ class Job:
             self._loop.epoch = epoch
             self._counters.clear()
             yield epoch
+            self._level()
             self._loop.passed = epoch + 1
             self._diary.flush(self._loop.clock)
             self._loop.publish()
@@ -364,6 +361,7 @@ class Job:
         Args:
             models: Which models; all adopted ones by default.
         """
+        self._level()
         self._counters.clear()
         was, self._loaders.evaluating = self._loaders.evaluating, True
         try:
@@ -476,13 +474,15 @@ class Job:
         self._finished = True
         self._diary.flush(self._loop.clock)
         whole = error is None or isinstance(error, Stopped)
+        if whole:
+            self._level(redo=False)
         self._saving.finish(self.main, whole)
         if not self._place.plain:
             self._loop.finish()
             end = self._saving.last_state(self._models, self.main) if whole else {"ok": False}
             self._sink(Event("end", self._loop.steps, end))
-        if self._stepper is not None:
-            self._stepper.close()
+        if self._exchanging is not None:
+            self._exchanging.close_down()
         if self._members is not None:
             self._members.close("finished" if whole else "failed")
         if self._wire is not None:

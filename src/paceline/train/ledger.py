@@ -43,7 +43,11 @@ class Ledger:
 
     def commit(self, step: int, ranges: Sequence[Range], skipped: bool = False) -> None:
         """Step `step` was applied (or left out, because its gradient was not finite); it consumed these batches."""
-        self._write('{"k":"c","s":%d,"r":%s%s}\n' % (step, _compact(ranges), ',"skip":1' if skipped else ""))
+        self._write(_commit(step, ranges, skipped))
+
+    def commit_round(self, steps: Sequence[tuple[int, Sequence[Range], bool]]) -> None:
+        """All steps of a round, written at once: a process that is killed has written all of them or none."""
+        self._write("".join(_commit(*step) for step in steps))
 
     def group(self, epoch: int, step: int, members: Sequence[str], rank: int) -> None:
         """From step `step` + 1 on this rank is one of these members."""
@@ -90,6 +94,10 @@ class Ledger:
         except OSError as error:
             self.close()
             self._on_failure(error)
+
+
+def _commit(step: int, ranges: Sequence[Range], skipped: bool) -> str:
+    return '{"k":"c","s":%d,"r":%s%s}\n' % (step, _compact(ranges), ',"skip":1' if skipped else "")
 
 
 def _compact(ranges: Sequence[Range]) -> str:

@@ -53,11 +53,12 @@ class Loaders:
             "streams": self._streams,
             "index": index,
             "activity": self._activity,
-            "before_pass": self._before_pass,
+            "before_pass": self._on_pass,
             "before_batch": lambda: self._loop.before_batch(self.training),
             "want_phantom": lambda: self.training,
             "on_batch": self._on_batch,
             "on_epoch": self._on_epoch_end,
+            "before_end": lambda: self._loop.before_end(index),
         }
         if self.leases is not None:
             feed: Feed = LeasedFeed(loader, self.leases, **settings)
@@ -66,6 +67,12 @@ class Loaders:
         self._loop.add_feed(index, feed)
         self.feeds.append(feed)
         return feed
+
+    def _on_pass(self) -> None:
+        """A loop over a loader begins; one that only looks sees what all ranks have learned."""
+        self._before_pass()
+        if not self.training:
+            self._loop.on_close()
 
     def _on_batch(self, batch: Slice) -> None:
         self._loop.on_batch(batch, self.training)

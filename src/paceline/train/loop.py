@@ -3,6 +3,9 @@
 A batch belongs to the step that first applies a gradient of it. So a batch handed out is *pending*; the first backward
 makes it part of the *open* step; ``opt.step()`` commits the open rows. A pending batch that is replaced by the next one
 without a backward was only viewed (evaluation). Only commits move a loader's position.
+
+Where ranks step on their own (``local``), a step is taken by all ranks and counts for none before its *round* is closed: until then
+its rows are not in the ledger, positions stay, and the round can be undone.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -23,6 +26,7 @@ from paceline.terms.errors import StepError, Stopped
 from paceline.terms.event import Event, Sink
 from paceline.train import replicas
 from paceline.train.ledger import Ledger, Range
+from paceline.train.parts import refuse_unlike_shares, shard_of
 from paceline.train.redo import Redo
 from paceline.train.step import Verdict
 
@@ -57,6 +61,19 @@ class Loop:
         self.on_boundary: Callable[[], None] | None = None
         self.on_step_end: Callable[[], None] = _nothing
         self.on_look: Callable[[], None] = _nothing
+        self.on_iteration: Callable[[], None] = _nothing
+        self.on_begin_round: Callable[[], None] = _nothing
+        self.on_close: Callable[[], bool] = bool
+        self.local = False
+        self.round_due = False
+        self.save_due = False
+        self.level = True  # all ranks hold the same parameters, but for the open round
+        self.settled = 0  # steps that count
+        self._inner: list[tuple[int, list[Range], bool]] = []  # steps of the open round
+        self._round_feeds: set[int] = set()
+        self._round_mark = 0
+        self._last: dict[int, Slice] = {}  # what the last step was taken on
+        self._stepped_samples = 0
         self._looked = 0
         self._committed_samples = 0
         self.size, self._activity, self._sink, self._ledger = size, activity, sink, ledger
@@ -80,13 +97,16 @@ class Loop:
 
     def state_dict(self) -> dict[str, int]:
         """Where the last commit has left it."""
-        return {"steps": self.steps, "samples": self._committed_samples, "epoch": self.epoch, "passed": self.passed}
+        steps = self.settled_steps
+        return {"steps": steps, "samples": self._committed_samples, "epoch": self.epoch, "passed": self.passed}
 
     def load_state_dict(self, saved: Mapping[str, int]) -> None:
         """Stand there again."""
         self.steps, self.epoch, self.passed = saved["steps"], saved["epoch"], saved["passed"]
         self._looked = self.steps // replicas.EVERY
-        self.samples = self._committed_samples = saved["samples"]
+        self.samples = self._committed_samples = self._stepped_samples = saved["samples"]
+        self.settled = self.steps
+        self._forget_round()
         self.publish()
 
     def resumed(self) -> None:
@@ -106,17 +126,27 @@ class Loop:
         if training and self.redo.next_round():
             self._latest = replace(self._latest, local_rows=0, phantom=True) if self._latest is not None else None
             return True
+        if training and not self._open:
+            self.on_iteration()
         if self._stopping or (self.size == 1 and self._activity.board.stop_requested and not self.mid_step):
             raise Stopped
-        if training and self.steps // replicas.EVERY > self._looked and not self._open:
+        if training and not self._open and not self.round_open:
+            self._at_boundary()
+        return False
+
+    def _at_boundary(self) -> None:
+        """Between two steps that count."""
+        if self.steps // replicas.EVERY > self._looked:
             self._looked = self.steps // replicas.EVERY
-            self.on_look()
-        if training and not self._open:
+            if not self.local:  # a round compares what came out of it
+                self.on_look()
+        if self.level or not self.local:
             self.on_step_end()
-        if training and self.change_due and self.on_boundary is not None and not self._open:
+        if self.change_due and self.on_boundary is not None:
             self.change_due = False
             self.on_boundary()
-        return False
+        if self.local:
+            self.on_begin_round()
 
     def on_batch(self, batch: Slice, training: bool) -> None:
         """A batch is handed out. `training`: gradients are on, so a backward may follow."""
@@ -134,6 +164,10 @@ class Loop:
         """A walk over a loader has ended."""
         self._put_aside(end.loader)
         self._ledger.epoch_end(end.loader, end.epoch, end.rows, end.batches, end.complete, end.order)
+
+    def before_end(self, loader: int) -> bool:
+        """A pass over a loader is about to end, and with it the round. True: it goes on, because the round was undone."""
+        return self.local and (loader in self._round_feeds or self._feeds[loader].trained) and self.on_close()
 
     def _put_aside(self, loader: int) -> None:
         """The loader goes on, and no gradient was taken of its last batch: it was only viewed."""
@@ -161,8 +195,11 @@ class Loop:
     @property
     def mark(self) -> int:
         """A small number that is the same on all ranks exactly (but for one chance in 64) when they train on the same batches."""
+        return self._round_mark % 64 if self.local else self._mark_given(0) % 64
+
+    def _mark_given(self, before: int) -> int:
         where = [(b.loader, b.epoch, b.batch) for _, b in sorted(self._given.items())]
-        return zlib.crc32(repr(where).encode()) % 64
+        return zlib.crc32(repr(where).encode(), before)
 
     @property
     def leaves_out(self) -> bool:
@@ -171,7 +208,8 @@ class Loop:
 
     def where(self) -> str:
         """What this rank trains on, for people."""
-        told = [f"batch {b.batch} of epoch {b.epoch} of loader {b.loader}" for _, b in sorted(self._given.items())]
+        given = self._given or self._last
+        told = [f"batch {b.batch} of epoch {b.epoch} of loader {b.loader}" for _, b in sorted(given.items())]
         return " and ".join(told) or "no batch"
 
     # ---- with parameter servers -----------------------------------------------------------------------------------
@@ -225,12 +263,14 @@ class Loop:
         if self.shards:
             return self._scale_of_shard()
         self._take()
+        if self._weight == "sum" and self.local:
+            raise StepError("PL408", 'job.weight("sum"): a rank that steps on its own steps on a mean')
         if self._weight == "sum":
             return Scale(1.0, float(self.size), 0.0 if self.phantom else 1.0)
         if self._weight is not None:
             return Scale.mean(0.0 if self.phantom else self._weight, self._reference or self._rows)
         if self._latest is not None:
-            self._refuse_unlike_shares()
+            refuse_unlike_shares((batch.rows for batch in self._given.values()), self.size)
             return Scale.mean(float(self._latest.local_rows), self._rows)
         return Scale.mean(1.0, float(self.size))
 
@@ -250,7 +290,7 @@ class Loop:
 
     def _scale_of_shard(self) -> Scale:
         """How the gradient of one shard counts; nothing in it may depend on the number of ranks."""
-        shard = self._shard = self._pending_shard()
+        shard = self._shard = shard_of(list(self._pending.values()), self._unstepped, self._weight is not None)
         self._take()
         self._unstepped = True
         rows, mine = float(shard.rows), float(shard.local_rows)
@@ -261,36 +301,12 @@ class Loop:
         factor = float(not shard.phantom) if self._weight == "sum" else weight / divisor
         return Scale(weight, divisor, factor, shard.shard, shard.round == 0, shard.last)
 
-    def _pending_shard(self) -> Slice:
-        """The shard that is trained on. Raises StepError PL413, PL450, PL451."""
-        shards = list(self._pending.values())
-        if not shards or self._unstepped:
-            raise StepError("PL450", "exact=True: a second gradient was taken of the same rows")
-        if any(shard.shard < 0 for shard in shards):
-            raise StepError("PL451", "exact=True: the rows trained on were not cut into shards")
-        if len({(shard.round, shard.rounds) for shard in shards}) > 1:
-            raise StepError(
-                "PL451", "exact=True: the loaders of one step have batches with different numbers of shards"
-            )
-        if self._weight is None and len({shard.rows for shard in shards}) > 1:
-            raise StepError("PL413", "exact=True: this step trains on batches of different numbers of rows")
-        return shards[-1]
-
     def _refuse_open_shard(self, batch: Slice) -> None:
         """Raise StepError PL450 when the loop goes on as it must not."""
         if self._unstepped and not self.redo.aborted and batch.loader in self._open_feeds:
             raise StepError("PL450", "exact=True: a gradient was taken, and no optimizer step followed it")
         if batch.round == 0 and self._open and self.mid_step:
             raise StepError("PL450", "exact=True: the loop was left before all shards of a batch had come")
-
-    def _refuse_unlike_shares(self) -> None:
-        """Raise StepError PL413 when it depends on the loader how much of a batch this rank has: whose loss is it?"""
-        rows = {batch.rows for batch in self._given.values()}
-        if len(rows) > 1 and any(n % self.size for n in rows):
-            raise StepError(
-                "PL413",
-                f"this step trains on batches of {' and '.join(map(str, sorted(rows)))} rows, of which a rank has different shares",
-            )
 
     @property
     def _rows(self) -> float:
@@ -330,18 +346,90 @@ class Loop:
     def commit(self) -> None:
         """An optimizer has stepped (or left out a step that is not finite): the open rows are used up."""
         self.steps += 1
-        self._ledger.commit(self.steps, self._open, skipped=self.redo.skip)
+        skipped = self.redo.skip
         self.redo.commit()
+        if self.local:
+            self._hold_back(skipped)
+        else:
+            self._ledger.commit(self.steps, self._open, skipped=skipped)
+            self._committed_samples = self.samples
+            for index in self._open_feeds:
+                self._feeds[index].commit()
         self._open.clear()
-        self._committed_samples = self.samples
-        for index in self._open_feeds:
-            self._feeds[index].commit()
         self._open_feeds.clear()
         self._given.clear()
         if self._split_to is not None:
             self.resplit(*self._split_to)
             self._split_to = None
         self.publish()
+
+    # ---- rounds ---------------------------------------------------------------------------------------------------
+    @property
+    def round_open(self) -> bool:
+        """Steps were taken that do not count yet."""
+        return bool(self._inner)
+
+    @property
+    def settled_steps(self) -> int:
+        """Steps that count."""
+        return self.settled if self.local else self.steps
+
+    @property
+    def repeatable(self) -> bool:
+        """The loop can be given all rows of the open round once more."""
+        return bool(self._round_feeds) and all(self._feeds[index].live for index in self._round_feeds)
+
+    def be_local(self, local: bool) -> None:
+        """From now on ranks step on their own, or together."""
+        self.local, self.settled, self._stepped_samples = local, self.steps, self.samples
+
+    def _hold_back(self, skipped: bool) -> None:
+        """A step was taken; it counts when its round does."""
+        self._inner.append((self.steps, list(self._open), skipped))
+        self._round_mark = self._mark_given(self._round_mark)
+        self._stepped_samples, self._last = self.samples, dict(self._given)
+        self._streak *= skipped
+        for index in self._open_feeds:
+            self._feeds[index].step()
+        self._round_feeds |= self._open_feeds
+
+    def close_round(self, *, stop: bool, change: bool) -> None:
+        """The steps of the round count, on all ranks."""
+        self._ledger.commit_round(self._inner)
+        for index in self._round_feeds:
+            self._feeds[index].commit_steps()
+        self.settled, self._committed_samples = self.steps, self._stepped_samples
+        self._stopping, self.change_due = self._stopping or stop, self.change_due or change
+        self._forget_round()
+        self.publish()
+
+    def rewind(self, rank: int, size: int) -> None:
+        """A member was lost in the open round, which is undone: its rows are cut anew, and given once more."""
+        feeds = set(self._round_feeds)
+        self.steps, self.samples = self.settled, self._committed_samples
+        self.redo.rewind()
+        self._open.clear()
+        self._open_feeds.clear()
+        self._pending.clear()
+        self._given.clear()
+        self._forget_round()
+        self.resplit(rank, size, open_ones=feeds)
+
+    def _forget_round(self) -> None:
+        self._inner.clear()
+        self._round_feeds.clear()
+        self._round_mark, self.round_due = 0, False
+
+    def not_finite(self) -> None:
+        """The gradient of this rank is not finite: it leaves out its own step, which counts. Raises StepError PL409."""
+        self.redo.skip = True
+        self._streak += 1
+        message = f"step {self.steps + 1}: the gradient of this rank is not finite; trained on {self.where()}"
+        if self._stop_on_nan:
+            raise StepError("PL409", message)
+        if self._streak in _TELL:
+            message += "; this rank leaves its own step out, and the others take theirs"
+            self._sink(Event("notice", self.steps, {"code": "PL409", "message": message}))
 
     def abort(self, rank: int, size: int, *, healed: bool) -> None:
         """A member was lost in the open step: whatever of it was done here is forgotten, and its rows are cut anew.
@@ -374,11 +462,16 @@ class Loop:
         self._pending.clear()
         self.samples = self._committed_samples
 
-    def resplit(self, rank: int, size: int, *, again: bool = False) -> None:
-        """The ranks have changed: open passes that are trained on go on from the last commit, cut anew."""
+    def resplit(self, rank: int, size: int, *, again: bool = False, open_ones: Container[int] = ()) -> None:
+        """The ranks have changed: open passes that are trained on go on from the last commit, cut anew.
+
+        Args:
+            open_ones: Loaders that were trained on in a round that was undone.
+        """
         self.size, self._reference = size, 0.0  # who has just come knows no earlier weights
         for index, feed in self._feeds.items():
-            feed.resplit(rank, size, again=again, now=feed.trained or index in self._given)
+            now = feed.trained or index in self._given or index in open_ones
+            feed.resplit(rank, size, again=again, now=now)
 
     def publish(self) -> None:
         """Say how far this rank is: on the board always, as an event now and then."""

@@ -29,9 +29,9 @@ from paceline.group.wire import Wire
 from paceline.terms.errors import PeerLost
 from paceline.terms.event import Event, Sink
 from paceline.train import tree as trees
+from paceline.train.exchanging import Exchanging
 from paceline.train.ledger import Ledger
 from paceline.train.loop import Loop
-from paceline.train.step import Stepper
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class Hands:
 
     Attributes:
         move: Be another rank of another world, through another wire.
-        stepper: Who exchanges gradients, once a model was adopted.
+        exchanging: Who exchanges, once something was adopted.
         capture: The state of the job, as references.
         restore: Take over a state.
         divide: Divide the work of optimizers anew.
     """
 
     move: Callable[[Epoch], None]
-    stepper: Callable[[], Stepper | None]
+    exchanging: Callable[[], Exchanging | None]
     capture: Callable[[], Any]
     restore: Callable[[Any], None]
     divide: Callable[[Epoch], None]
@@ -113,27 +113,47 @@ class Members:
         Args:
             in_step: In the exchange of a backward, which is forgotten; else in a call that will be made again.
         """
+        if self._loop.round_open:
+            self.lost_in_round(self._loop.repeatable)
+            return
         epoch, healed = self._regroup(keep=not in_step)
         if in_step or healed or self._loop.holds_batch:
             self._loop.abort(epoch.rank, epoch.size, healed=healed)
         else:
             self._loop.resplit(epoch.rank, epoch.size)
 
+    def lost_in_round(self, redo: bool) -> bool:
+        """A member was lost while ranks stepped on their own, or exchanged what came of it.
+
+        Args:
+            redo: The loop can do the open round again. Else it counts without what the lost member has contributed.
+
+        Returns:
+            The round was undone, or done by others: the loop goes on from their state.
+        """
+        opened = self._loop.round_open
+        epoch, healed = self._regroup(keep=True, redo=redo)
+        if (opened and redo) or healed:
+            self._loop.rewind(epoch.rank, epoch.size)
+            return True
+        self._loop.resplit(epoch.rank, epoch.size)
+        return False
+
     def lost_in_optimizer(self) -> None:
         """A member was lost while the optimizer stepped: that step is finished by those who are left."""
         epoch, _ = self._regroup(keep=True)
         self._loop.resplit_later(epoch.rank, epoch.size)
 
-    def _regroup(self, *, keep: bool) -> tuple[Epoch, bool]:
+    def _regroup(self, *, keep: bool, redo: bool = True) -> tuple[Epoch, bool]:
         """Meet, and agree with those who are there. The second result: this rank was behind, and was given the state."""
         while True:
             if self._wire is not None:
                 self._wire.close()
-            applied = -1 if self.joining else self._loop.steps
+            applied = -1 if self.joining else self._loop.settled_steps
             epoch = self._reunion.meet(applied)
             try:
                 self._enter(epoch)
-                self._rewire(epoch, keep)
+                self._rewire(epoch, keep, redo)
                 self._heal(epoch)
                 self._hands.divide(epoch)
             except PeerLost:
@@ -146,23 +166,29 @@ class Members:
         self._hands.move(epoch)
 
     def _record(self, epoch: Epoch) -> None:
-        self._ledger.group(epoch.number, self._loop.steps, epoch.names, epoch.rank)
+        self._ledger.group(epoch.number, self._loop.settled_steps, epoch.names, epoch.rank)
         names = list(epoch.names)
         data = {"epoch": epoch.number, "rank": epoch.rank, "size": epoch.size, "members": names}
         self._sink(Event("view", self._loop.steps, data))
 
-    def _rewire(self, epoch: Epoch, keep: bool) -> None:
+    def _rewire(self, epoch: Epoch, keep: bool, redo: bool) -> None:
         """Buckets move to the new wire, cut as the leader's are."""
-        stepper = self._hands.stepper()
-        if stepper is None:
+        exchanging = self._hands.exchanging()
+        if exchanging is None:
             return
-        mine = [(replica.order(), replica.measuring) for replica in stepper.replicas]
+        replicas = exchanging.stepper.replicas if exchanging.stepper is not None else []
+        mine = [(replica.order(), replica.measuring) for replica in replicas], self._loop.settled_steps
         said = epoch.wire.gather_bytes("regroup", json.dumps(mine).encode() if epoch.rank == epoch.leader else b"")
-        theirs = json.loads(said[epoch.leader])
+        theirs, steps = json.loads(said[epoch.leader])
         hosts = epoch.hosts if len(set(epoch.hosts)) > 1 else ()
-        for replica, (_, measuring) in zip(stepper.replicas, theirs, strict=True):
+        exchanging.settle(steps, build=False)
+        for replica, (_, measuring) in zip(replicas, theirs, strict=True):
             replica.measure(measuring)
-        stepper.rewire(epoch.wire, hosts, [order for order, _ in theirs], keep=keep)
+        if exchanging.stepper is not None:
+            exchanging.stepper.rewire(epoch.wire, hosts, [order for order, _ in theirs], keep=keep)
+        exchanging.rewire(epoch.wire, hosts)
+        if self._loop.round_open:
+            exchanging.roll_back(redo=redo)
 
     def _heal(self, epoch: Epoch) -> None:
         """Everybody who is behind gets the leader's state; the others take part, and keep what they have."""
@@ -181,6 +207,8 @@ class Members:
             epoch.wire.broadcast(given[name], epoch.leader)
         if behind:
             self._hands.restore(trees.unflatten(skeleton, given))
+            if (exchanging := self._hands.exchanging()) is not None:
+                exchanging.forget_copy()
 
     def close(self, why: str) -> None:
         """The script has ended: ``finished``, ``failed``."""

@@ -19,16 +19,17 @@ from paceline.place.replicate import Replica
 from paceline.terms.activity import Activity
 from paceline.terms.errors import AdoptError, StepError, UsageError
 from paceline.train.divided import DividedStep, worthwhile
+from paceline.train.exchanging import Exchanging
 from paceline.train.loop import Loop
 from paceline.train.members import Members
-from paceline.train.step import Stepper
+from paceline.train.rounds import Member
 
 
 @dataclass(frozen=True, slots=True)
 class _Owners:
     """Whose parameters an optimizer has: replicas, how many parameters there were, those that were frozen."""
 
-    replicas: list[Replica]
+    replicas: list[Replica | Member]
     count: int
     frozen: list[Tensor]
 
@@ -55,17 +56,18 @@ class OwnedSteps:
         self._one_host = one_host
         self._loop, self._activity, self._before = loop, activity, before
         self._on_lost = members.lost_in_optimizer if members is not None else None
-        self._stepper: Stepper | None = None
+        self._exchanging: Exchanging | None = None
         self._divided: dict[Optimizer, DividedStep] = {}
         self._owners: dict[Optimizer, _Owners] = {}
         self._scheduled: list[Optimizer] = []  # those whose schedule was adopted
         self._left_out = False
+        self._idle = False  # this rank has nothing to step on, and counts the step
         self._hidden: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def own(
         self,
         optimizer: Optimizer,
-        stepper: Stepper | None,
+        exchanging: Exchanging | None,
         exchange: Exchange,
         wire: Wire,
         names: Sequence[str],
@@ -74,21 +76,22 @@ class OwnedSteps:
         """Take over one optimizer.
 
         Args:
-            stepper: Exchanges gradients; None where there is nobody to exchange with.
+            exchanging: Exchanges gradients or parameters; None where there is nobody to exchange with.
             names, part: The ranks of this host, and which of them this is.
 
         Raises:
             AdoptError: PL304, it has parameters that nobody adopted; PL451, it is the second one where batches come in shards.
             UsageError: PL205, PL208, it cannot be shared; PL209, the strategy needs servers.
         """
-        self._stepper = stepper
+        self._exchanging = exchanging
         if exchange.service is not None:
             raise UsageError("PL209", f"{exchange.text}, and 0 servers were started")
         if exchange.shards and self._owners:
             raise AdoptError("PL451", "exact=True works with one optimizer, and a second one was adopted")
-        if stepper is not None:
+        if exchanging is not None:
             self._replicas_of(optimizer)
-            self._divide(optimizer, exchange, wire, names, part)
+            if not exchanging.local:  # a rank that steps on its own steps on all of it
+                self._divide(optimizer, exchange, wire, names, part)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -128,11 +131,12 @@ class OwnedSteps:
         redo = self._loop.redo
         if not redo.rounds:  # no loader tells where steps end
             self._before()
-        if not redo.aborted and self._stepper is not None:
-            self._stepper.owe(self._replicas_of(optimizer))
+        self._idle = False
+        if not redo.aborted and self._exchanging is not None:
+            self._prepare(optimizer, self._exchanging)
         if self._loop.shards:
             self._check_schedule(optimizer)
-        self._left_out = not redo.step() or redo.skip or self._loop.mid_step
+        self._left_out = not redo.step() or redo.skip or self._idle or self._loop.mid_step
         if self._left_out:
             self._hidden = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
             for p, _ in self._hidden:  # without gradients every optimizer of torch does nothing
@@ -147,12 +151,22 @@ class OwnedSteps:
             self._hidden.clear()
         elif optimizer in self._divided:
             self._divided[optimizer].after_step()
-        if self._stepper is not None:
+        if self._exchanging is not None:
             for replica in self._replicas_of(optimizer):
                 replica.exchanges = 0
         self._loop.stepped()
-        if not self._left_out or self._loop.redo.skip:
+        if not self._left_out or self._loop.redo.skip or self._idle:
             self._loop.commit()
+            if self._exchanging is not None and self._exchanging.local:
+                self._exchanging.stepped()
+
+    def _prepare(self, optimizer: Optimizer, exchanging: Exchanging) -> None:
+        """The gradient that all ranks share is exchanged, or this rank's own looked at."""
+        if self._loop.local and exchanging.rounds is not None:
+            self._replicas_of(optimizer)
+            self._idle = exchanging.rounds.leaves_out(optimizer)
+        elif exchanging.stepper is not None:
+            exchanging.stepper.owe([r for r in self._replicas_of(optimizer) if isinstance(r, Replica)])
 
     def _check_schedule(self, optimizer: Optimizer) -> None:
         """Raise StepError PL451 for a schedule that we do not hold back between shards. Torch marks the step that it counts."""
@@ -160,7 +174,7 @@ class OwnedSteps:
             raise StepError("PL451", "exact=True: the learning rate has a schedule that was not adopted")
 
     # ---- whose parameters -------------------------------------------------------------------------------------------
-    def _replicas_of(self, optimizer: Optimizer) -> list[Replica]:
+    def _replicas_of(self, optimizer: Optimizer) -> list[Replica | Member]:
         """The replicas that own the optimizer's parameters, looked up anew when the answer may have changed: the
         optimizer was given more parameters, or one that was frozen at adoption needs a gradient now."""
         count = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -171,12 +185,12 @@ class OwnedSteps:
 
     def _find_owners(self, optimizer: Optimizer, count: int) -> _Owners:
         """Raises AdoptError PL304 for a parameter that needs a gradient and that nobody owns."""
-        assert self._stepper is not None
-        found: dict[int, Replica] = {}
+        assert self._exchanging is not None
+        found: dict[int, Replica | Member] = {}
         frozen: list[Tensor] = []
         for number, group in enumerate(optimizer.param_groups):
             for position, p in enumerate(group["params"]):
-                owner = next((r for r in self._stepper.replicas if p in r.names), None)
+                owner = next((r for r in self._exchanging.owners if p in r.names), None)
                 if owner is not None:
                     found[id(owner)] = owner
                 elif p.requires_grad:

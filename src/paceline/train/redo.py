@@ -66,6 +66,13 @@ class Redo:
         self.aborted, self.skip, self._begun = True, False, False
         self._next_replay = self._fill = 0
 
+    def rewind(self) -> None:
+        """Steps of earlier rounds of the loop are undone, and it goes back to the first of them. The rest of this round counts for
+        nothing; one that has begun to accumulate is given fillers until its own counter is in time."""
+        self.aborted, self.skip, self._begun = True, False, False
+        self._next_replay = 0
+        self._fill = max(0, (self._micro or _UNKNOWN) - self._backwards) if self.fills and self._backwards else 0
+
     def step(self) -> bool:
         """An optimizer is about to step. False: it must do nothing."""
         self._begun = False

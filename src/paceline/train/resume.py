@@ -118,7 +118,10 @@ class Resume:
         """The loop begins: streams and positions. Returns what was saved and has not been adopted."""
         streams = things.streams if "streams" in self._state else None
         feeds = things.feeds if self._state.get("feeds") else {}
-        self._restore(Things(feeds=feeds, streams=streams))
+        chain = things.chain if "chain" in self._state else None
+        if "chain" in self._state and chain is None:
+            self._left.setdefault("chain of links", {"state"})
+        self._restore(Things(feeds=feeds, streams=streams, chain=chain))
         self.close()
         return [f"{kind} {name}" for kind, left in self._left.items() for name in sorted(left)]
 
@@ -129,7 +132,9 @@ class Resume:
             for kind in kinds
             if getattr(things, kind)
         }
-        wanted |= {kind: self._state[kind] for kind in ("loop", "streams") if getattr(things, kind) is not None}
+        wanted |= {
+            kind: self._state[kind] for kind in ("loop", "streams", "chain") if getattr(things, kind) is not None
+        }
         try:
             tensors = {name: read_tensor(self._checkpoint, name) for name in set(names(wanted))}
             trees.restore(things, trees.unflatten(wanted, tensors))

@@ -94,6 +94,10 @@ class Saving:
             self.notice("PL610", f"the checkpoint holds {', '.join(left)}, which the script has not adopted")
         return True
 
+    def due(self) -> bool:
+        """A checkpoint of the present step is due."""
+        return self._checkpointer is not None and self._checkpointer.due(self._loop.steps)
+
     def step_ended(self, main: bool) -> None:
         """Between two steps."""
         if self._checkpointer is not None:

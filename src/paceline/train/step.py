@@ -146,6 +146,18 @@ class Stepper:
             self._roll = self._make_roll()
         return replica
 
+    def use(self, exchange: Exchange) -> None:
+        """Exchange by this strategy from now on. It asks placement for the same as the one before."""
+        if exchange is not self.exchange:
+            self.exchange = exchange
+            for replica in self.replicas:
+                self._remember(replica)
+
+    def attach(self, active: bool) -> None:
+        """Exchange what backwards leave, or no more."""
+        for replica in self.replicas:
+            replica.attach() if active else replica.detach()
+
     def _remember(self, replica: Replica) -> None:
         for bucket in replica.buckets:
             self._states[bucket] = self.exchange.chain.init(bucket.bucket)

@@ -7,6 +7,7 @@ no world size. A checkpoint saves it, a joiner is sent it, a roll-back keeps it.
     loop        steps, samples, epoch
     feeds       number -> position
     streams     the data stream, and this process's own random state
+    chain       what links remember between rounds, by the names of parameters
 
 :func:`capture` makes no copies: the tree holds the job's own tensors, and is true until the next step. :func:`restore` writes
 into the tensors that are there, so parameters keep their identity; nothing is cast and nothing is left out. :func:`flatten`
@@ -19,8 +20,8 @@ import base64
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,20 @@ _NAMES = {getattr(torch, spelled): name for name, (spelled, _) in DTYPES.items()
 KINDS = {name: dtype for dtype, name in _NAMES.items()}
 
 
+class Remembers(Protocol):
+    """What links remember between rounds."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, saved: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Things:
     """What a job has adopted, or a part of it: the keys are those of the whole.
 
     Attributes:
         names: What the parameters of all adopted models are called, see :func:`names_of`.
-        loop, streams: None leaves them out.
+        loop, streams, chain: None leaves them out.
     """
 
     models: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -62,6 +70,11 @@ class Things:
     names: Mapping[Tensor, str] = field(default_factory=dict)
     loop: Loop | None = None
     streams: Streams | None = None
+    chain: Remembers | None = None
+
+    def without_place(self) -> Things:
+        """All but where the loop, its loaders and the streams of random numbers stand."""
+        return replace(self, feeds={}, loop=None, streams=None)
 
     def only(self, models: Mapping[str, nn.Module], chosen: Container[int]) -> Things:
         """These models, the kept objects, and those of the others whose ``id`` is among `chosen`."""
@@ -109,6 +122,8 @@ def capture(things: Things) -> Tree:
         tree["loop"] = things.loop.state_dict()
     if things.streams is not None:
         tree["streams"] = things.streams.state_dict()
+    if things.chain is not None:
+        tree["chain"] = things.chain.state_dict()
     return tree
 
 
@@ -170,6 +185,8 @@ def restore(things: Things, tree: Tree) -> None:
         things.loop.load_state_dict(tree["loop"])
     if things.streams is not None:
         things.streams.load_state_dict(tree["streams"])
+    if things.chain is not None and "chain" in tree:
+        things.chain.load_state_dict(tree["chain"])
     for key, feed in things.feeds.items():
         feed.load_state_dict(_part(tree, "feeds", key))
 

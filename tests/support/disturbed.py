@@ -10,11 +10,11 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Ledgers:
         directories: Of the run; several when several launchers take part.
 
     Attributes:
+        directories: More may be added.
         step: Committed last, by anybody.
         group: The newest group that has committed a step, and `members` its members.
         progress: When a step was first seen committed, and which; the newest.
@@ -43,7 +44,7 @@ class Ledgers:
     """
 
     def __init__(self, *directories: Path) -> None:
-        self._directories = directories
+        self.directories = list(directories)
         self._files: dict[Path, tuple[int, bytes]] = {}
         self._groups: dict[str, tuple[int, list[str]]] = {}
         self.step = self.group = 0
@@ -59,7 +60,7 @@ class Ledgers:
 
     def read(self) -> None:
         """Take what has been written since."""
-        for file in [f for directory in self._directories for f in (directory / "ledger").glob("*.jsonl")]:
+        for file in [f for directory in self.directories for f in (directory / "ledger").glob("*.jsonl")]:
             if file not in self._files:
                 self._files[file] = (os.open(file, os.O_RDONLY | os.O_CLOEXEC), b"")
             fd, rest = self._files[file]
@@ -91,7 +92,7 @@ class Ledgers:
         if not inside:
             return end - begin
         chosen = times[max(0, inside[0] - 1) : inside[-1] + 2]
-        return max(b - a for a, b in zip(chosen, chosen[1:], strict=False))
+        return max((b - a for a, b in pairwise(chosen)), default=end - begin)
 
 
 class Disturbed:
@@ -110,7 +111,7 @@ class Disturbed:
         self.directory = directory
         self.ledgers = Ledgers(*ledgers)
         self.pids: dict[str, int] = {}
-        self._out = tempfile.TemporaryFile("w+")
+        self._out = os.memfd_create("said", os.MFD_CLOEXEC)
         environment = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             command,
@@ -124,7 +125,7 @@ class Disturbed:
     @property
     def said(self) -> str:
         """All output so far."""
-        return os.pread(self._out.fileno(), 1 << 24, 0).decode(errors="replace")
+        return os.pread(self._out, 1 << 24, 0).decode(errors="replace")
 
     def entries(self) -> list[dict[str, Any]]:
         """``processes.json``, or nothing while it is being begun or has ended."""
@@ -194,7 +195,7 @@ class Disturbed:
             dump_and_kill(self.process.pid, patience=0)
         self.process.wait()
         self.ledgers.close()
-        self._out.close()
+        os.close(self._out)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -195,8 +196,16 @@ class Soak:
         said = ", ".join(f"{count} {name}" for name, count in sorted(self._faults.items()))
         work.row(f"{faults} faults in {took:.0f} s: {said}; goodput", goodput, rows_per_worker_second=self._calm)
         work.all_of("goodput of live worker-seconds, in percent of 95", round(100 * goodput), 95)
+        work.row("share of the time in pauses longer than ten steps", self._pauses() / took)
         for name, samples in self._samples.items():
             self._flat(name, samples)
+
+    def _pauses(self) -> float:
+        """Seconds in which nobody committed a step for longer than ten undisturbed steps take: what is lost to faults themselves,
+        while goodput also feels that processes which are being started take the processor from the others."""
+        usual = ROWS / (self._calm * WORKERS)
+        times = [at for at, _ in self._run.ledgers.progress if self._began <= at <= self._ended]
+        return sum(b - a - usual for a, b in pairwise(times) if b - a > 10 * usual)
 
     def _lives(self) -> list[float]:
         """For each worker how many seconds of the drill it could have trained: from when it was ready until its end."""

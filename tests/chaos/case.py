@@ -1,6 +1,6 @@
 """A script whose parameters after the last step must not depend on who has died meanwhile: float64, no dropout.
 
-    case.py [--epochs 40] [--wide] [--accumulate 1] [--two] [--hashes DIR] [--pace SECONDS] [--nan ROW] [--flip-every STEPS]
+    case.py [--epochs 40] [--wide] [--accumulate 1] [--two] [--seed 0] [--hashes DIR] [--pace SECONDS] [--nan ROW] [--flip-every STEPS]
 
 ``--wide``: enough parameters for the optimizer's step to be divided between the ranks. ``--hashes``: each process appends the hash of
 its parameters after every step to a file of its own. ``--pace``: a row takes so long, as on a device that is not shared.
@@ -27,6 +27,7 @@ parser.add_argument("--epochs", type=int, default=40)
 parser.add_argument("--wide", action="store_true")
 parser.add_argument("--accumulate", type=int, default=1)
 parser.add_argument("--two", action="store_true", help="two optimizers step in each round")
+parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--hashes", type=Path)
 parser.add_argument("--pace", type=float, default=0.0)
 parser.add_argument("--nan", type=int)
@@ -58,7 +59,7 @@ def flip(model: nn.Module, draw: random.Random) -> None:
     words[draw.randrange(len(words))] ^= 1 << draw.randrange(63)
 
 
-torch.manual_seed(0)
+torch.manual_seed(args.seed)
 x = torch.rand(1797, 64, dtype=torch.float64)
 y = (x @ torch.randn(64, 10, dtype=torch.float64)).argmax(1)
 if args.nan is not None:

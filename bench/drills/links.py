@@ -30,15 +30,15 @@ def links(work: Work) -> None:
 
 def _cuts(home: Path, work: Work, number: int) -> None:
     """One cut, longer than a lease, and its healing."""
-    outnumbered = number % 4 == 3  # the coordinator's side is the smaller one: all wait
+    outnumbered = number % 3 == 1  # the coordinator's side is the smaller one: all wait
     left, right = (1, 2) if outnumbered else (2, 1)
-    sides = ((), (0,), (1,))[number % 3]
+    sides = ((), (0,), (1,))[(number + number // 3) % 3]
     with network() as net, on_both(net, home, left, right) as both:
         both.left.steps(10)
         net.cut(*sides)
         seconds = LEASE + 1 + 4 * work.draw.random()
         if outnumbered:
-            _nobody_commits(both, seconds)
+            _nobody_commits(both, 2 * LEASE + 2)
         else:
             _one_side_commits(both, seconds)
         net.heal()
@@ -65,6 +65,8 @@ def _nobody_commits(both: Both, seconds: float) -> None:
     both.left.watch(seconds)
     if both.left.ledgers.step > step + 1:
         raise Wrong(f"a side without a majority went from step {step} to {both.left.ledgers.step}")
+    if "no majority, so the run waits" not in both.left.said:
+        raise Wrong(f"it was not said why nobody goes on\n{both.left.said[-4000:]}")
 
 
 def _slow(home: Path, work: Work, seconds: float) -> None:

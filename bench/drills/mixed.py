@@ -196,7 +196,9 @@ class Soak:
         said = ", ".join(f"{count} {name}" for name, count in sorted(self._faults.items()))
         work.row(f"{faults} faults in {took:.0f} s: {said}; goodput", goodput, rows_per_worker_second=self._calm)
         work.all_of("goodput of live worker-seconds, in percent of 95", round(100 * goodput), 95)
-        work.row("share of the time in pauses longer than ten steps", self._pauses() / took)
+        pauses = self._pauses() / took
+        work.row("share of the time in pauses longer than ten steps", pauses)
+        work.all_of("time without such pauses, in percent of 95", round(100 * (1 - pauses)), 95)
         for name, samples in self._samples.items():
             self._flat(name, samples)
 

@@ -183,6 +183,36 @@ def test_the_first_epoch_waits_for_all_and_ranks_follow_the_names() -> None:
     assert [link for link, _ in proposed] == [0, 1, 2, 10]
 
 
+FIRST = frozenset({"worker-0", "worker-1"})
+
+
+def test_who_comes_from_elsewhere_is_not_in_the_first_epoch_however_early_it_comes() -> None:
+    """The others are at their first adoption then, and it waits where its loop begins."""
+    table = Table(Limits(2, 1, 4, first=FIRST))
+    table.hello(100_000)
+    table.hello(1)
+    assert table.members == []
+    table.hello(0)
+    assert table.members == [0, 1]
+    table.do(Certificate(who(1)))
+    assert (table.epoch, table.members) == (2, [0])
+    assert sent(table.ready(0), Kind.START)
+    table.beat(0, started=2, seen=2, ready=2, left=2, boundary=True, waiting=True)
+    assert table.members == [0, 100_000]
+
+
+def test_a_first_epoch_below_the_minimum_starts_when_a_replacement_waits_and_without_it() -> None:
+    table = Table(Limits(2, 2, 2, first=FIRST))
+    table.hello(0)
+    table.do(Certificate(who(1)))
+    assert table.members == [0]
+    assert not sent(table.ready(0), Kind.START)
+    assert sent(table.hello(2), Kind.START)
+    assert (table.epoch, table.members) == (1, [0])
+    table.beat(0, started=1, seen=1, ready=1, left=1, boundary=True, waiting=True)
+    assert table.members == [0, 2]
+
+
 def test_an_epoch_is_journalled_before_anybody_hears_of_it_and_so_is_its_start() -> None:
     table = Table(Limits(1, 1, 1))
     for actions, kind in ((table.hello(0), "epoch"), (table.ready(0), "start")):

@@ -238,7 +238,8 @@ class Service:
 
 def _limits(orders: Mapping[str, Any]) -> Limits:
     times = {name: float(orders[name]) for name in ("heartbeat", "lease") if name in orders}
-    return Limits(len(orders["members"]), orders["workers_min"], orders["workers_max"], **times)
+    first = frozenset(name for name, _ in orders["members"])
+    return Limits(len(first), orders["workers_min"], orders["workers_max"], first=first, **times)
 
 
 def main(arguments: list[str]) -> int:

@@ -285,7 +285,7 @@ class Coordinator:
         """The next view, where there is a reason for one and somebody to be in it."""
         kept = self._kept()
         why = self._reason(kept)
-        joiners = self._joiners()[: self._room(kept)] if self._calm(kept) else []
+        joiners = self._invited()[: self._room(kept)] if self._calm(kept) else []
         members = (*kept, *(seat.identity for seat in joiners))
         if not why or not members:
             return
@@ -312,7 +312,7 @@ class Coordinator:
             return "restart"
         if not self.started:
             short = len(kept) < self.limits.min_workers and self._room(kept) > 0
-            return "joiners" if short and self._joiners() and self._calm(kept) else ""
+            return "joiners" if short and self._invited() and self._calm(kept) else ""
         return self._left([self.seats[m] for m in kept], view.epoch)
 
     def _left(self, seats: list[Seat], epoch: int) -> str:
@@ -325,8 +325,16 @@ class Coordinator:
 
     def _all_have_come(self) -> bool:
         """For the first epoch. Who died before it is not waited for."""
-        wanted = max(1, self.limits.min_workers, self.limits.expected - len(self.gone))
-        return len(self._joiners()) >= wanted
+        first = self.limits.first
+        gone = sum(not first or identity.name in first for identity in self.gone)
+        least = 0 if first else self.limits.min_workers  # who begins need not be so many, if others wait to come in
+        return len(self._invited()) >= max(1, least, self.limits.expected - gone)
+
+    def _invited(self) -> list[Seat]:
+        """Who may come in now. Those who come from elsewhere, or in the place of another, take part in a run that has begun."""
+        first = self.limits.first
+        begun = self.committed is not None or not first
+        return [s for s in self._joiners() if begun or s.identity.name in first]
 
     def _kept(self) -> list[Identity]:
         """Members of the view that stay: not gone, and not silent where the others may go on without them."""

@@ -65,6 +65,7 @@ class Limits:
 
     Attributes:
         expected: The first epoch waits for that many.
+        first: Names of those who begin; nobody else is in the first epoch. Empty: it does not matter who they are.
         min_workers: No epoch starts with fewer.
         max_workers: Joiners above it wait.
         heartbeat, lease: A beat each; silence for a lease makes a member a candidate for eviction.
@@ -75,6 +76,7 @@ class Limits:
     max_workers: int = 1
     heartbeat: float = 0.25
     lease: float = 2.0
+    first: frozenset[str] = frozenset()
 
 
 class Kind(IntEnum):

@@ -64,6 +64,7 @@ class Elastic:
         self._faults: dict[int, str] = {}  # by number: why it ended, where that ends nobody else
         self._evicted: set[int] = set()
         self._silent: dict[str, float] = {}  # members that gave no sign of life, and since when that is known
+        self._waited_for: list[str] = []  # silent members of other launchers, as was said
         self._losses: list[tuple[int, Record]] = []  # with the last epoch of the lost
         self._newest = -1
         self.noun = RANK
@@ -232,8 +233,23 @@ class Elastic:
             if (gone.get(child.name) == "evicted" or frozen) and child.number not in self._evicted:
                 self._evicted.add(child.number)
                 child.signal(signal.SIGKILL)
+        self._wait_for(sorted(name for name, since in self._silent.items() if now - since > LEASE))
         if status.get("epoch", 0) >= self._newest:
             self._muster.elsewhere = len(members - self._ours - gone.keys())
+
+    def _wait_for(self, silent: Sequence[str]) -> None:
+        """Say of whom nothing is heard, who cannot be left out, and whom nobody here can end: of another machine, all of it gone."""
+        far = [name for name in silent if name not in self._ours]
+        if far and far != self._waited_for:
+            many = len(far) > 1
+            self._say(
+                [
+                    f"{', '.join(far)} {'give' if many else 'gives'} no sign of life, and without {'them' if many else 'it'} the others "
+                    "are no majority, so the run waits",
+                    "  help: mend the network. If that machine is gone for good, end the run and begin it again with `--resume auto`.",
+                ]
+            )
+        self._waited_for = far
 
     def _do(self, steps: Sequence[Step]) -> None:
         for step in steps:

@@ -1,7 +1,8 @@
 """The launcher that has begun a run, as one on another machine sees it: ``paceline join --address``.
 
 The launcher that joins starts workers of its own. They, and it, speak with the coordinator of the run directly; the connection
-with the other launcher stays open and says nothing, until its end says that the run has ended.
+with the other launcher stays open and says nothing, until its end says that the run has ended. It may also be the network that ended
+it: while the coordinator answers, which does not outlive its launcher, the run goes on.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Host:
     def tick(self, now: float) -> None:
         """Ten times a second."""
         self._line.poll(now)
-        if self._ended_at is not None and now - self._ended_at > _FAREWELL:
+        if self._ended_at is not None and now - max(self._ended_at, self._line.heard) > _FAREWELL:
             self.lost = "the launcher that has begun the run is gone"
 
     def _listen(self, selector: selectors.BaseSelector) -> None:

@@ -36,6 +36,7 @@ class Line:
 
     Attributes:
         status: What the coordinator said last, see ``group.membership``; empty before it has said anything.
+        heard: When that was, in monotonic seconds.
     """
 
     def __init__(self, address: str, secret: bytes) -> None:
@@ -47,6 +48,7 @@ class Line:
         self._polled = 0.0
         self._over = False
         self.status: Mapping[str, Any] = {}
+        self.heard = 0.0
         self._thread = threading.Thread(target=self._run, name="paceline-coordinator-line", daemon=True)
         self._thread.start()
 
@@ -101,7 +103,7 @@ class Line:
             status = connection.recv().meta
             with self._lock:
                 self._owed.pop(self._asked.popleft() if self._asked else "", None)
-                self.status = status
+                self.status, self.heard = status, time.monotonic()
 
     def _check(self) -> None:
         if self._over:

@@ -111,6 +111,10 @@ class Story:
         """Members of the last group."""
         return self.members[max(self.members)] if self.members else list(self.last)
 
+    def stayed(self, name: str) -> bool:
+        """It was there at the end. What another one had left open when it was left out, the others have done again."""
+        return not self.members or name in self.newest
+
 
 def problems(ledgers: Lines, *, alive: bool = False) -> list[str]:
     """The proof itself, on lines in memory. Pure."""
@@ -173,7 +177,7 @@ def _orders(ledgers: Lines, story: Story) -> Iterator[str]:
     orders: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
     for name, lines in ledgers.items():
         for line in lines:
-            if line["k"] == "e":
+            if line["k"] == "e" and (line["complete"] or story.stayed(name)):
                 said = (line["rows"], line["batches"], line["complete"], line["order"])
                 orders[line["l"], line["e"]][name] = str(said)
     for (loader, epoch), by_name in sorted(orders.items()):
@@ -196,9 +200,9 @@ def _cover(ledgers: Lines, story: Story) -> Iterator[str]:
             trained.add(place)
             parts[place].append(span)
     totals: dict[tuple[int, int], int] = {}
-    for lines in ledgers.values():
+    for name, lines in ledgers.items():
         for line in lines:
-            if line["k"] in ("v", "x"):
+            if line["k"] == "v" or (line["k"] == "x" and story.stayed(name)):
                 for loader, epoch, _, _, start, rows in line["r"]:
                     parts[loader, epoch].append((start, start + rows))
             elif line["k"] == "e" and line["complete"]:

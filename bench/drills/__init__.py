@@ -1,0 +1,1 @@
+"""Drills of ``bench/soak.py``: real runs, real faults, and what must be true afterwards."""

@@ -25,7 +25,7 @@ from paceline.terms.errors import Aborted, AdoptError, PacelineError, PeerLost, 
 from paceline.train.keeping import Kept
 from paceline.train.lead import Lead
 from paceline.train.memory import Memory
-from paceline.train.served import reach
+from paceline.train.reach import reach
 from paceline.train.served_state import PieceState, flatten, unflatten
 from paceline.train.shard import Guest, Part, Shard
 from paceline.train.talk import CAPS, Say

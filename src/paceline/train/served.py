@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -27,22 +26,19 @@ from paceline.exchange.service import Service
 from paceline.group.frames import Frame
 from paceline.group.secure import Connection
 from paceline.terms.activity import Activity, Phase
-from paceline.terms.errors import EXPLANATIONS, Aborted, AdoptError, PacelineError, PeerLost, StepError
+from paceline.terms.errors import Aborted, PacelineError, PeerLost, StepError
 from paceline.terms.plan import Place
 from paceline.train.alone import Alone
 from paceline.train.keeping import Kept, hypers, set_hypers
 from paceline.train.loop import Loop
 from paceline.train.memory import Memory
+from paceline.train.reach import reach, refused
 from paceline.train.talk import Say
 
 T = TypeVar("T")
 
-PATIENCE = 60.0
-"""Seconds that a worker waits for servers to begin."""
-
 _ORIGINS = 4
 _SLICE = 0.1  # seconds between two looks at the board
-_SOON = 0.02  # seconds between two attempts to connect
 
 
 class Served:
@@ -451,51 +447,10 @@ class Served:
             if frame is None:
                 self._check()
             elif frame.kind == Say.REFUSE:
-                raise _refused(frame.meta)
+                raise refused(frame.meta)
             elif frame.kind == kind:
                 return frame
             elif frame.kind == Say.GO:
                 self._arrived(frame, self._seq)
             else:
                 raise StepError("PL462", f"the server at {connection.peer} said {frame.kind} where {kind.name} was due")
-
-
-def reach(open: Callable[[str], Connection], address: str, check: Callable[[], None]) -> Connection:
-    """Connect to a server, which may be starting still.
-
-    Args:
-        open: Connects, or raises.
-        check: Called again and again while this waits.
-
-    Raises:
-        PeerLost: PL460, there is none.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return open(address)
-        except PacelineError as error:
-            if error.code not in ("PL433", "PL431") or time.monotonic() > deadline:
-                raise PeerLost("PL460", f"the server at {address} cannot be reached: {error.message}") from error
-        check()
-        time.sleep(_SOON)
-
-
-def _refused(meta: Mapping[str, Any]) -> PacelineError:
-    code = meta["code"] if meta["code"] in EXPLANATIONS else "PL462"
-    kind = AdoptError if code.startswith("PL3") else StepError
-    return kind(code, str(meta["message"]))
-
-
-def refuse(
-    scalers: Sequence[Any], schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer], *, own_steps: bool
-) -> None:
-    """Raise AdoptError PL463 for what cannot work with servers."""
-    if scalers:
-        raise AdoptError("PL463", "a GradScaler was adopted: it decides about steps that the servers take")
-    if own_steps and len(optimizers) > 1:
-        raise AdoptError("PL463", "workers step by themselves, and several optimizers were adopted: whose step counts?")
-    for optimizer in optimizers:
-        known = any(scheduler.optimizer is optimizer for scheduler in schedulers)
-        if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not known:
-            raise AdoptError("PL463", "the learning rate has a schedule that was not adopted")

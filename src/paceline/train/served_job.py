@@ -30,7 +30,6 @@ from paceline.terms.errors import AdoptError, PacelineError, Stopped, UsageError
 from paceline.terms.event import Event, Sink
 from paceline.terms.plan import Place
 from paceline.train import adopt as adoption
-from paceline.train import served
 from paceline.train import tree as trees
 from paceline.train.attempts import earlier
 from paceline.train.checkpoint import Checkpointer
@@ -40,6 +39,7 @@ from paceline.train.keeping import Kept, described
 from paceline.train.lead import Lead
 from paceline.train.ledger import Ledger
 from paceline.train.loaders import Loaders
+from paceline.train.reach import refuse
 from paceline.train.resume import Resume, choose
 from paceline.train.serve import Server
 from paceline.train.served import Served
@@ -130,7 +130,7 @@ class ServedJob(Job):
         if first:
             data = {"strategy": exchange.text, "wire": "servers", "describe": exchange.describe()}
             self._sink(Event("adopt", 0, data))
-        served.refuse(self._scalers, self._schedulers, self._optimizers, own_steps=self._asked().own_steps)
+        refuse(self._scalers, self._schedulers, self._optimizers, own_steps=self._asked().own_steps)
         for optimizer in given.optimizers:
             optimizer.register_step_pre_hook(self._before_first_step)
             if not self.serves:

@@ -12,7 +12,7 @@ while others wait in their step is refused (PL402).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from paceline.exchange.server_bound import Asynchronous
 from paceline.exchange.server_desk import Desk, Discipline, Worker, filler
@@ -77,9 +77,12 @@ class ServerCore:
     [Grant(worker='worker-0', piece=Piece(loader=0, epoch=0, batch=0, part=0, parts=1))]
     """
 
+    synchronous: ClassVar[type[Discipline]] = Synchronous
+    asynchronous: ClassVar[type[Discipline]] = Asynchronous
+
     def __init__(self, rule: Rule) -> None:
         self.desk = Desk(rule)
-        self.discipline: Discipline = Synchronous(self.desk) if rule.synchronous else Asynchronous(self.desk)
+        self.discipline = (self.synchronous if rule.synchronous else self.asynchronous)(self.desk)
         self._turns = 0
 
     @property
@@ -160,7 +163,7 @@ class ServerCore:
         worker.ask = ask
         self._queue(worker)
         if not self._answer(worker) and (ask.ahead or self.desk.holding(worker)):
-            self._none(worker)
+            self._none(worker, ask)
         if worker.ask is not None:
             self._rest(worker)
 
@@ -169,7 +172,7 @@ class ServerCore:
             text = f"{worker.name} has pushed step {step.seq} after step {worker.seq}"
             self._refuse(worker, "PL401", text)
         elif step.seq == worker.seq + 1:
-            worker.seq = step.seq
+            worker.seq, worker.aside = step.seq, ()
             self.discipline.step(worker, step)
         elif step.seq == worker.seq and worker.step is None and worker.answer is not None:
             self.desk.out.append(worker.answer)
@@ -224,13 +227,14 @@ class ServerCore:
             worker.ask = None
             self.desk.out.append(grant)
         elif self.desk.pool.course(ask.loader, ask.epoch).closed:
-            self._none(worker)
+            self._none(worker, ask)
         return worker.ask is None
 
-    def _none(self, worker: Worker) -> None:
+    def _none(self, worker: Worker, ask: Ask) -> None:
         worker.ask = None
         self._rest(worker)
-        self.desk.refresh(worker)
+        if not ask.ahead:
+            self.desk.refresh(worker)
         self.desk.out.append(Grant(worker.name, None))
 
     def _meeting(self) -> bool:
@@ -266,7 +270,7 @@ class ServerCore:
 
     def _give_up(self, worker: Worker, ask: Ask) -> None:
         if self.desk.pool.course(ask.loader, ask.epoch).exhausted:
-            self._none(worker)
+            self._none(worker, ask)
         else:
             worker.ask = None
             self.desk.out.append(filler(worker, ask))

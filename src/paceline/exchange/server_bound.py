@@ -11,7 +11,7 @@ the next tick ``c`` only if ``c - min(clock of the others that compute) <= stale
 * Whoever dies leaves the minimum at once.
 
 So for all that compute ``max(clock of the live) - clock <= staleness``: it holds at entry, and a release keeps it. While one
-worker is in a tick each other one makes at most ``2 * staleness + 1`` updates.
+worker is in a tick each other one makes at most ``staleness + 2`` updates: the one that it is about, and those of its ticks from there on.
 
 With ``buffer=K`` (FedBuff, Nguyen et al. 2022) pushes are kept, and K of them make one update; fewer at the end of a pass.
 """
@@ -36,11 +36,15 @@ class Asynchronous:
     # -- pieces
     def choose(self, worker: Worker, ask: Ask) -> Grant | None:
         """The lowest batch that has come back, or else the next one."""
+        mine = self.desk.again(worker, ask)
+        if mine is not None:
+            return mine
         place = self._place(ask)
         if place is None:
             return None
         self._enter(worker)
-        self.desk.refresh(worker)
+        if not ask.ahead:
+            self.desk.refresh(worker)
         return self.desk.lend(worker, place[0].start(place[1], 1), 0)
 
     def _place(self, ask: Ask) -> tuple[Pass, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,7 @@ class Worker:
         turn: Order in which those who wait have asked.
         loaders: Loaders that it has asked for.
         redo: Version of the open update for which it goes round once more.
+        aside: What it had looked ahead when its step was not applied, see ``server_protocol``.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Worker:
     turn: int = 0
     loaders: tuple[int, ...] = ()
     redo: int = -1
+    aside: tuple[Piece, ...] = ()
 
     @property
     def waiting(self) -> bool:
@@ -101,6 +103,7 @@ class Desk:
     def go(self, worker: Worker, *, applied: bool = False, tau: int = 0, kept: bool = False) -> None:
         """Answer its step, with parameters of the newest version."""
         worker.step, worker.read = None, self.version
+        worker.aside = () if applied or kept else tuple(sorted(self.holding(worker)))
         clock = self.version if self.rule.synchronous else worker.clock
         worker.answer = Go(worker.name, worker.seq, self.version, clock, applied, tau, kept)
         self.out.append(worker.answer)
@@ -115,6 +118,14 @@ class Desk:
     def lend(self, worker: Worker, batch: Batch, part: int) -> Grant:
         """Give it a piece."""
         return Grant(worker.name, self.pool.lend(worker.name, batch, part, self.now))
+
+    def again(self, worker: Worker, ask: Ask, wanted: Callable[[Piece], bool] = lambda piece: True) -> Grant | None:
+        """One of the pieces that it has put aside, if it asks for them now."""
+        aside = [p for p in worker.aside if p.loader == ask.loader and self.pool.holds(worker.name, p) and wanted(p)]
+        if ask.ahead or not aside:
+            return None
+        worker.aside = tuple(p for p in worker.aside if p != aside[0])
+        return Grant(worker.name, aside[0])
 
     def drop(self, worker: Worker, step: Step) -> None:
         """Do without a push; pieces that it covers come back."""
@@ -146,6 +157,8 @@ class Desk:
 
 class Discipline(Protocol):
     """What makes the difference between servers."""
+
+    def __init__(self, desk: Desk) -> None: ...
 
     def choose(self, worker: Worker, ask: Ask) -> Grant | None:
         """The piece for an Ask. None: there is none for it now."""

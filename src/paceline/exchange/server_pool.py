@@ -19,7 +19,6 @@ class Batch:
     Attributes:
         holders: For each part, who holds it, and since when.
         delivered: For each part, whether its gradient is there.
-        orphans: Free parts that somebody had.
         lost: Somebody left the run with a part of it.
     """
 
@@ -27,7 +26,6 @@ class Batch:
         self.loader, self.epoch, self.number, self.parts = loader, epoch, number, parts
         self.holders: list[dict[str, float]] = [{} for _ in range(parts)]
         self.delivered = [False] * parts
-        self.orphans: set[int] = set()
         self.lost = lost
 
     @property
@@ -134,7 +132,6 @@ class Pool:
         """Give a part out. The same part may be out with several workers."""
         piece = batch.piece(part)
         batch.holders[part][worker] = now
-        batch.orphans.discard(part)
         self.held.setdefault(worker, []).append(piece)
         return piece
 
@@ -145,8 +142,6 @@ class Pool:
         assert batch is not None, "what is held is open"
         del batch.holders[piece.part][worker]
         batch.lost |= lost
-        if not batch.holders[piece.part]:
-            batch.orphans.add(piece.part)
         if not batch.covered and not any(batch.holders):
             course = self.course(batch.loader, batch.epoch)
             del course.open[batch.number]

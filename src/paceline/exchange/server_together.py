@@ -4,9 +4,9 @@ A batch is cut into as many parts as there are workers when it is opened, less `
 update* needs all parts of every batch of which some part is delivered (a script may accumulate, or take several loaders); when
 they are there it is applied, parts in the order of (loader, epoch, batch, part) whatever order they came in, and all go on.
 
-* A part that comes back, because its holder died or left its loop, goes to whoever asks next, or else to one who waits in its step:
-  the push of that worker is kept aside, and it is told to *go round once more*. Where nothing is left for it by then, or
-  its script asks for more, it gets fillers.
+* A part that comes back, because its holder died or left its loop, goes to one who asks and has none of this batch, or else to one
+  who waits in its step: the push of that worker is kept aside, and it is told to *go round once more*. Where nothing is
+  left for it by then, or its script asks for more, it gets fillers. So the update is of the batches that one process would take.
 * A worker for which a batch has no part (it joined late, or is a backup worker) waits until the update is over, or until parts of
   the open update come back.
 * ``backup``: a worker for which no part is left gets a *copy* of one that is not delivered yet (speculative execution). The first
@@ -32,7 +32,7 @@ class Synchronous:
 
     # -- pieces
     def choose(self, worker: Worker, ask: Ask) -> Grant | None:
-        """Its part of the first batch of which it has none; before that what came back."""
+        """Its part of the first batch of which it has none, never a second one of the same; or what it goes round for."""
         grant = self._redone(worker, ask) if worker.redo == self.desk.version else self._next(worker, ask)
         if grant is None and not ask.ahead and self.desk.holding(worker) and not self._exhausted(ask):
             return filler(worker, ask)  # its step needs something of this loader, and others need its step
@@ -41,16 +41,28 @@ class Synchronous:
     def _exhausted(self, ask: Ask) -> bool:
         return self.desk.pool.course(ask.loader, ask.epoch).exhausted
 
-    def _redone(self, worker: Worker, ask: Ask) -> Grant:
+    def _redone(self, worker: Worker, ask: Ask) -> Grant | None:
+        if ask.ahead:
+            return None
+        mine = self.desk.again(worker, ask, self._is_needed)
+        if mine is not None:
+            return mine
         for course in self.desk.pool.until(ask.loader, ask.epoch):
             for number in sorted(course.open):
                 batch = course.open[number]
                 if batch.covered and batch.free():
-                    return self._lend(worker, batch, batch.free()[0])
+                    return self._lend(worker, batch, batch.free()[0], ask)
         return filler(worker, ask)
+
+    def _is_needed(self, piece: Piece) -> bool:
+        batch = self.desk.pool.find(piece)
+        return batch is not None and batch.covered
 
     def _next(self, worker: Worker, ask: Ask) -> Grant | None:
         """A *late* worker has no part of a batch that others have begun: for it there is only the open update."""
+        mine = self.desk.again(worker, ask)
+        if mine is not None:
+            return mine
         late = False
         copies: list[tuple[int, float, Batch, int]] = []
         for course in self.desk.pool.until(ask.loader, ask.epoch):
@@ -59,35 +71,30 @@ class Synchronous:
                 if batch is None:
                     if late or not (course.returned[number] or course.epoch == ask.epoch):
                         continue
-                    return self._open(worker, course, number)
+                    return self._open(worker, course, number, ask)
                 has = self._has_part(worker, batch)
-                part = self._part(batch, has, ask)
-                if part is not None and (not late or batch.covered):
-                    return self._lend(worker, batch, part)
+                if not has and batch.free() and self._may_take(batch, ask, late):
+                    return self._lend(worker, batch, batch.free()[0], ask)
                 if not has and (not late or batch.covered):
                     copies += [(len(h), min(h.values()), batch, i) for i, h in self._out(batch)]
                 late |= not has
         if late:
-            return self._copy(worker, copies)
+            return self._copy(worker, copies, ask)
         course = self.desk.pool.course(ask.loader, ask.epoch)
-        return None if course.exhausted else self._open(worker, course, course.opened)
+        return None if course.exhausted else self._open(worker, course, course.opened, ask)
 
-    def _part(self, batch: Batch, has: bool, ask: Ask) -> int | None:
-        """Of two parts of a batch, one worker gets the second only if it came back."""
-        if batch.epoch != ask.epoch and not (batch.covered or batch.lost):
-            return None
-        free = [i for i in batch.free() if not has or i in batch.orphans]
-        return free[0] if free else None
+    def _may_take(self, batch: Batch, ask: Ask, late: bool) -> bool:
+        return batch.covered or (not late and (batch.lost or batch.epoch == ask.epoch))
 
     def _out(self, batch: Batch) -> list[tuple[int, dict[str, float]]]:
         return [(i, batch.holders[i]) for i in batch.missing() if batch.holders[i]]
 
-    def _copy(self, worker: Worker, copies: list[tuple[int, float, Batch, int]]) -> Grant | None:
+    def _copy(self, worker: Worker, copies: list[tuple[int, float, Batch, int]], ask: Ask) -> Grant | None:
         """Of what is out with the fewest, the part that is out longest."""
         if not copies or not self.desk.rule.backup:
             return None
         _, _, batch, part = min(copies, key=lambda c: (c[0], c[1], c[2].piece(c[3])))
-        return self._lend(worker, batch, part)
+        return self._lend(worker, batch, part, ask)
 
     def _has_part(self, worker: Worker, batch: Batch) -> bool:
         pieces = [p for part in self.parts if part.worker == worker.name for p in part.covers]
@@ -96,12 +103,13 @@ class Synchronous:
     def _is_of(self, piece: Piece, batch: Batch) -> bool:
         return (piece.loader, piece.epoch, piece.batch) == (batch.loader, batch.epoch, batch.number)
 
-    def _open(self, worker: Worker, course: Pass, number: int) -> Grant:
+    def _open(self, worker: Worker, course: Pass, number: int, ask: Ask) -> Grant:
         parts = max(1, len(self.desk.workers) - self.desk.rule.backup)
-        return self._lend(worker, course.start(number, parts), 0)
+        return self._lend(worker, course.start(number, parts), 0, ask)
 
-    def _lend(self, worker: Worker, batch: Batch, part: int) -> Grant:
-        self.desk.refresh(worker)
+    def _lend(self, worker: Worker, batch: Batch, part: int, ask: Ask) -> Grant:
+        if not ask.ahead:
+            self.desk.refresh(worker)
         return self.desk.lend(worker, batch, part)
 
     # -- pushes
@@ -109,20 +117,21 @@ class Synchronous:
         """Take it into the open update; the answer follows when that is over, or something came back."""
         desk, covers = self.desk, real(step)
         worker.redo = -1
-        if step.covers and not covers:
-            desk.drop(worker, step)
-            if self._has_stepped(worker) or self._without_rows():
-                worker.step = step
-            else:
-                desk.go(worker)
-        elif worker.read != desk.version or not all(desk.pool.holds(worker.name, piece) for piece in covers):
-            desk.drop(worker, step)
-            desk.go(worker)
-        elif not covers and self._has_stepped(worker):
-            desk.drop(worker, step)
+        held = all(desk.pool.holds(worker.name, piece) for piece in covers)
+        if worker.read == desk.version and held and (covers or not (step.covers or self._has_stepped(worker))):
+            self._take(worker, step, covers)
+            return
+        desk.drop(worker, step)
+        if worker.read == desk.version and self._has_share(worker, covers):
             worker.step = step
         else:
-            self._take(worker, step, covers)
+            desk.go(worker)
+
+    def _has_share(self, worker: Worker, covers: tuple[Piece, ...]) -> bool:
+        """Whether for what it has pushed, and is dropped, there is something else in the open update."""
+        batches = [self.desk.pool.find(piece) for piece in covers]
+        copied = any(batch is not None and batch.covered for batch in batches)
+        return copied or self._has_stepped(worker) or self._without_rows()
 
     def _take(self, worker: Worker, step: Step, covers: tuple[Piece, ...]) -> None:
         for piece in covers:

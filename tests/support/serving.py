@@ -151,8 +151,7 @@ class Sim:
             yield from self._pass()
             if plan.meets:
                 self.send(Meet(self.name, f"pass {self.epoch}", str(self.params)))
-                met = yield from self._hear(Met)
-                self.world.check_meeting(self, met)
+                yield from self._hear(Met)
         self.send(Leave(self.name))
 
     def _pass(self) -> Script:
@@ -236,7 +235,7 @@ class Sim:
     # -- the line
     def send(self, event: Event) -> None:
         self.sent = max(self.sent, self.world.t) + self.rng.random() * self.world.plan.latency
-        self.world.at(self.sent, lambda: self.world.serve(event, self))
+        self.world.at(self.sent, lambda core=self.world.core: self.world.serve(event, self, core))
 
     def _hear(self, kind: type[Any]) -> Generator[float | None, Instruction, Any]:
         while True:
@@ -290,6 +289,7 @@ class World:
         self.closed: dict[tuple[int, int], int] = {}
         self.accepted: list[str] = []  # who has pushed, in the order in which the core took it
         self.read_at: dict[str, int] = {}
+        self.has: dict[str, int] = {}  # version of the parameters of each
         self.exempt: set[str] = set()
         self.trace: list[str] = []
 
@@ -345,8 +345,10 @@ class World:
         for sim in living:
             self.start(sim.speed)
 
-    def serve(self, event: Event, sim: Sim) -> None:
+    def serve(self, event: Event, sim: Sim, core: ServerCore) -> None:
         """The core takes an event; everybody carries out what it says."""
+        if core is not self.core:
+            return  # the connection was to a server that is no more
         if isinstance(event, Step):
             self.slot[event.worker] = max(self.slot.get(event.worker, 0), event.seq)
         if isinstance(event, Meet) and self.core.desk.pool.held.get(event.worker):
@@ -388,7 +390,7 @@ class World:
             case Apply():
                 self.check_update(message)
             case Go(worker, seq, version):
-                self.read_at[worker] = len(self.accepted)
+                self.read_at[worker], self.has[worker] = len(self.accepted), version
                 self.exempt.discard(worker)
                 if version > self.version:
                     self.fail(f"{message} of a version that is not there")
@@ -408,6 +410,8 @@ class World:
                 self.dropped.add((worker, seq))
             case Closed(loader, epoch, batches):
                 self.check_closed(loader, epoch, batches)
+            case Met():
+                self.check_meeting(message)
             case Refuse():
                 self.fail(f"{message}")
 
@@ -469,9 +473,11 @@ class World:
             self.fail(f"pass {epoch} over {loader} is closed with {sorted(done)}")
         self.closed[loader, epoch] = batches
 
-    def check_meeting(self, sim: Sim, met: Met) -> None:
-        if not self.core.desk.pool.held.get(sim.name) and dict(met.notes).get(sim.name) is None:
-            self.fail(f"{met} does not know {sim.name}")
+    def check_meeting(self, met: Met) -> None:
+        """Who meets, and is in no step, has the newest parameters: all evaluate the same."""
+        if met.worker in dict(met.notes) and not self.core.desk.pool.held.get(met.worker):
+            if self.has[met.worker] != self.version:
+                self.fail(f"{met} with version {self.has[met.worker]}")
 
     def finish(self) -> None:
         waiting = [sim.name for sim in self.sims.values() if sim.alive and not sim.finished]

@@ -12,6 +12,8 @@ while others wait in their step is refused (PL402).
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from paceline.exchange.server_bound import Asynchronous
@@ -67,6 +69,18 @@ __all__ = [
 ]
 
 
+MEETINGS = 64  # that a worker which comes late is told of
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """One that was held."""
+
+    tag: str
+    notes: tuple[tuple[str, str], ...]
+    turn: int
+
+
 class ServerCore:
     """Decides who computes what, when an update is made of it, and who may go on.
 
@@ -83,6 +97,7 @@ class ServerCore:
     def __init__(self, rule: Rule) -> None:
         self.desk = Desk(rule)
         self.discipline = (self.synchronous if rule.synchronous else self.asynchronous)(self.desk)
+        self.held: deque[Meeting] = deque(maxlen=MEETINGS)
         self._turns = 0
 
     @property
@@ -135,7 +150,8 @@ class ServerCore:
     def _join(self, name: str) -> None:
         desk = self.desk
         if name not in desk.workers and name not in desk.gone:
-            worker = desk.workers[name] = Worker(name, clock=desk.latest(), read=desk.version)
+            self._turns += 1
+            worker = desk.workers[name] = Worker(name, clock=desk.latest(), read=desk.version, born=self._turns)
             desk.go(worker)
 
     def _take(self, worker: Worker, event: Event) -> None:
@@ -162,7 +178,8 @@ class ServerCore:
             worker.loaders += (ask.loader,)
         worker.ask = ask
         self._queue(worker)
-        if not self._answer(worker) and (ask.ahead or self.desk.holding(worker)):
+        holds = any(piece.loader == ask.loader for piece in self.desk.holding(worker))
+        if not self._answer(worker) and (ask.ahead or holds):
             self._none(worker, ask)
         if worker.ask is not None:
             self._rest(worker)
@@ -194,6 +211,10 @@ class ServerCore:
         if other is not None and other.meet is not None and other.meet.tag != meet.tag:
             self._refuse(worker, "PL402", f"{worker.name} is at {meet.tag!r}, {other.name} at {other.meet.tag!r}")
             return
+        held = next((h for h in self.held if h.tag == meet.tag and h.turn < worker.born), None)
+        if held is not None and other is None:
+            self.desk.out.append(Met(worker.name, meet.tag, held.notes))
+            return
         worker.meet, worker.computing = meet, False
 
     def _refuse(self, worker: Worker, code: str, message: str) -> None:
@@ -222,12 +243,13 @@ class ServerCore:
         """Whether its Ask could be answered."""
         ask = worker.ask
         assert ask is not None
-        grant = self.discipline.choose(worker, ask)
-        if grant is not None:
+        closed = self.desk.pool.course(ask.loader, ask.epoch).closed
+        grant = self.discipline.choose(worker, ask) or (Grant(worker.name, None) if closed else None)
+        if grant is not None and grant.piece is None:
+            self._none(worker, ask)
+        elif grant is not None:
             worker.ask = None
             self.desk.out.append(grant)
-        elif self.desk.pool.course(ask.loader, ask.epoch).closed:
-            self._none(worker, ask)
         return worker.ask is None
 
     def _none(self, worker: Worker, ask: Ask) -> None:
@@ -244,6 +266,8 @@ class ServerCore:
         if self.discipline.flush():
             return True
         notes = tuple((w.name, w.meet.note) for w in live if w.meet is not None)
+        self._turns += 1
+        self.held.append(Meeting(live[0].meet.tag if live[0].meet else "", notes, self._turns))
         for worker in live:
             meet, worker.meet = worker.meet, None
             assert meet is not None

@@ -35,7 +35,7 @@ class Worker:
         read: Version of its parameters.
         seq: Its last step; `answer` is what was said to it.
         ask, step, meet: What it waits for an answer to.
-        turn: Order in which those who wait have asked.
+        turn: Order in which those who wait have asked; `born`: when it came, in that order.
         loaders: Loaders that it has asked for.
         redo: Version of the open update for which it goes round once more.
         aside: What it had looked ahead when its step was not applied, see ``server_protocol``.
@@ -51,6 +51,7 @@ class Worker:
     step: Step | None = None
     meet: Meet | None = None
     turn: int = 0
+    born: int = 0
     loaders: tuple[int, ...] = ()
     redo: int = -1
     aside: tuple[Piece, ...] = ()

@@ -42,6 +42,10 @@ class Batch:
         """The name of a part."""
         return Piece(self.loader, self.epoch, self.number, part, self.parts)
 
+    def has(self, piece: Piece) -> bool:
+        """Whether the piece is a part of it."""
+        return (piece.loader, piece.epoch, piece.batch) == (self.loader, self.epoch, self.number)
+
     def free(self) -> list[int]:
         """Parts that nobody holds and nobody has delivered."""
         return [i for i in range(self.parts) if not self.holders[i] and not self.delivered[i]]
@@ -111,6 +115,11 @@ class Pool:
             p for (which, number), p in self.passes.items() if which == loader and number <= epoch and not p.closed
         ]
         return sorted(known, key=lambda p: p.epoch)
+
+    def is_behind(self, course: Pass) -> bool:
+        """Whether a later pass over the same loader has begun."""
+        later = (p for p in self.passes.values() if p.loader == course.loader and p.epoch > course.epoch)
+        return any(p.opened or p.closed for p in later)
 
     def open_batches(self) -> Iterator[Batch]:
         """Every open batch, in order."""

@@ -81,7 +81,11 @@ class Synchronous:
         if late:
             return self._copy(worker, copies, ask)
         course = self.desk.pool.course(ask.loader, ask.epoch)
-        return None if course.exhausted else self._open(worker, course, course.opened, ask)
+        if course.exhausted:
+            return None
+        if self.desk.pool.is_behind(course):
+            return Grant(worker.name, None)
+        return self._open(worker, course, course.opened, ask)
 
     def _may_take(self, batch: Batch, ask: Ask, late: bool) -> bool:
         return batch.covered or (not late and (batch.lost or batch.epoch == ask.epoch))
@@ -98,10 +102,7 @@ class Synchronous:
 
     def _has_part(self, worker: Worker, batch: Batch) -> bool:
         pieces = [p for part in self.parts if part.worker == worker.name for p in part.covers]
-        return any(self._is_of(p, batch) for p in (*pieces, *self.desk.holding(worker)))
-
-    def _is_of(self, piece: Piece, batch: Batch) -> bool:
-        return (piece.loader, piece.epoch, piece.batch) == (batch.loader, batch.epoch, batch.number)
+        return any(batch.has(piece) for piece in (*pieces, *self.desk.holding(worker)))
 
     def _open(self, worker: Worker, course: Pass, number: int, ask: Ask) -> Grant:
         parts = max(1, len(self.desk.workers) - self.desk.rule.backup)

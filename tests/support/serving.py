@@ -475,9 +475,9 @@ class World:
 
     def check_meeting(self, met: Met) -> None:
         """Who meets, and is in no step, has the newest parameters: all evaluate the same."""
-        if met.worker in dict(met.notes) and not self.core.desk.pool.held.get(met.worker):
-            if self.has[met.worker] != self.version:
-                self.fail(f"{met} with version {self.has[met.worker]}")
+        rests = met.worker in dict(met.notes) and not self.core.desk.pool.held.get(met.worker)
+        if rests and self.has[met.worker] != self.version:
+            self.fail(f"{met} with version {self.has[met.worker]}")
 
     def finish(self) -> None:
         waiting = [sim.name for sim in self.sims.values() if sim.alive and not sim.finished]

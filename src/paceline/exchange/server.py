@@ -178,8 +178,7 @@ class ServerCore:
             worker.loaders += (ask.loader,)
         worker.ask = ask
         self._queue(worker)
-        holds = any(piece.loader == ask.loader for piece in self.desk.holding(worker))
-        if not self._answer(worker) and (ask.ahead or holds):
+        if not self._answer(worker) and ask.ahead:
             self._none(worker, ask)
         if worker.ask is not None:
             self._rest(worker)
@@ -243,8 +242,9 @@ class ServerCore:
         """Whether its Ask could be answered."""
         ask = worker.ask
         assert ask is not None
-        closed = self.desk.pool.course(ask.loader, ask.epoch).closed
-        grant = self.discipline.choose(worker, ask) or (Grant(worker.name, None) if closed else None)
+        grant = self.discipline.choose(worker, ask)
+        if grant is None and self._is_over(worker, ask):
+            grant = Grant(worker.name, None)
         if grant is not None and grant.piece is None:
             self._none(worker, ask)
         elif grant is not None:
@@ -252,10 +252,19 @@ class ServerCore:
             self.desk.out.append(grant)
         return worker.ask is None
 
+    def _is_over(self, worker: Worker, ask: Ask) -> bool:
+        """Nothing can come any more: the pass is closed; or it waits for this worker, and others that wait or are past it."""
+        course = self.desk.pool.course(ask.loader, ask.epoch)
+        begun = any(p.loader == ask.loader for p in self.desk.begun(worker))
+        others = [self.desk.workers[name] for name in self.desk.pool.out(course)]
+        stands = all(w.waiting or w.past.get(ask.loader, -1) >= ask.epoch for w in others)
+        return course.closed or (begun and course.exhausted and stands)
+
     def _none(self, worker: Worker, ask: Ask) -> None:
         worker.ask = None
         self._rest(worker)
         if not ask.ahead:
+            worker.past[ask.loader] = max(ask.epoch, worker.past.get(ask.loader, -1))
             self.desk.refresh(worker)
         self.desk.out.append(Grant(worker.name, None))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from paceline.exchange.server_pool import Batch, Pool
@@ -38,6 +38,8 @@ class Worker:
         turn: Order in which those who wait have asked; `born`: when it came, in that order.
         loaders: Loaders that it has asked for.
         redo: Version of the open update for which it goes round once more.
+        vain: Steps of fillers only that it has taken one after the other.
+        past: Loader -> pass that it has come to the end of.
         aside: What it had looked ahead when its step was not applied, see ``server_protocol``.
     """
 
@@ -54,6 +56,8 @@ class Worker:
     born: int = 0
     loaders: tuple[int, ...] = ()
     redo: int = -1
+    vain: int = 0
+    past: dict[int, int] = field(default_factory=dict)
     aside: tuple[Piece, ...] = ()
 
     @property
@@ -84,6 +88,10 @@ class Desk:
     def holding(self, worker: Worker) -> list[Piece]:
         """Pieces that are out with it."""
         return self.pool.held.get(worker.name, [])
+
+    def begun(self, worker: Worker) -> list[Piece]:
+        """Pieces that it has computed on, or will before its next step."""
+        return [piece for piece in self.holding(worker) if piece not in worker.aside]
 
     def latest(self) -> int:
         """The highest clock of all who live."""

@@ -116,6 +116,12 @@ class Pool:
         ]
         return sorted(known, key=lambda p: p.epoch)
 
+    def pending(self, loader: int, epoch: int) -> Iterator[tuple[Pass, int]]:
+        """Batches of those passes that were opened and are not applied, in order."""
+        for course in self.until(loader, epoch):
+            for number in sorted(course.open.keys() | course.returned.keys()):
+                yield course, number
+
     def is_behind(self, course: Pass) -> bool:
         """Whether a later pass over the same loader has begun."""
         later = (p for p in self.passes.values() if p.loader == course.loader and p.epoch > course.epoch)
@@ -193,6 +199,10 @@ class Pool:
         for course in done:
             course.closed = True
         return done
+
+    def out(self, course: Pass) -> set[str]:
+        """Who holds pieces of a pass."""
+        return {worker for batch in course.open.values() for holders in batch.holders for worker in holders}
 
     def state(self) -> list[dict[str, Any]]:
         """As JSON. What is out, or delivered and not applied, counts as not done."""

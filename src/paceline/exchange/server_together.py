@@ -21,6 +21,8 @@ from paceline.exchange.server_desk import Desk, Worker, filler, real
 from paceline.exchange.server_pool import Batch, Pass
 from paceline.exchange.server_protocol import Ask, Grant, Part, Piece, Step
 
+VAIN = 8  # rounds without a piece, after which a worker is not sent round for it any more: its script does not ask
+
 
 class Synchronous:
     """Cuts global batches into parts, and applies them when all are there."""
@@ -34,12 +36,14 @@ class Synchronous:
     def choose(self, worker: Worker, ask: Ask) -> Grant | None:
         """Its part of the first batch of which it has none, never a second one of the same; or what it goes round for."""
         grant = self._redone(worker, ask) if worker.redo == self.desk.version else self._next(worker, ask)
-        if grant is None and not ask.ahead and self.desk.holding(worker) and not self._exhausted(ask):
-            return filler(worker, ask)  # its step needs something of this loader, and others need its step
+        if grant is None and not ask.ahead and self._must_step(worker, ask):
+            return filler(worker, ask)
         return grant
 
-    def _exhausted(self, ask: Ask) -> bool:
-        return self.desk.pool.course(ask.loader, ask.epoch).exhausted
+    def _must_step(self, worker: Worker, ask: Ask) -> bool:
+        """It has computed on pieces that others wait for, and its script needs more before it steps."""
+        begun = self.desk.begun(worker)
+        return any(self._is_needed(piece) for piece in begun) or bool(begun and not self._is_exhausted(ask))
 
     def _redone(self, worker: Worker, ask: Ask) -> Grant | None:
         if ask.ahead:
@@ -52,7 +56,14 @@ class Synchronous:
                 batch = course.open[number]
                 if batch.covered and batch.free():
                     return self._lend(worker, batch, batch.free()[0], ask)
-        return filler(worker, ask)
+        return Grant(worker.name, None) if self._is_needed_later(ask) else filler(worker, ask)
+
+    def _is_needed_later(self, ask: Ask) -> bool:
+        later = (b for b in self.desk.pool.open_batches() if b.loader == ask.loader and b.epoch > ask.epoch)
+        return self._is_exhausted(ask) and any(batch.covered and batch.free() for batch in later)
+
+    def _is_exhausted(self, ask: Ask) -> bool:
+        return self.desk.pool.course(ask.loader, ask.epoch).exhausted
 
     def _is_needed(self, piece: Piece) -> bool:
         batch = self.desk.pool.find(piece)
@@ -60,24 +71,23 @@ class Synchronous:
 
     def _next(self, worker: Worker, ask: Ask) -> Grant | None:
         """A *late* worker has no part of a batch that others have begun: for it there is only the open update."""
-        mine = self.desk.again(worker, ask)
-        if mine is not None:
-            return mine
         late = False
         copies: list[tuple[int, float, Batch, int]] = []
-        for course in self.desk.pool.until(ask.loader, ask.epoch):
-            for number in sorted(course.open.keys() | course.returned.keys()):
-                batch = course.open.get(number)
-                if batch is None:
-                    if late or not (course.returned[number] or course.epoch == ask.epoch):
-                        continue
+        for course, number in self.desk.pool.pending(ask.loader, ask.epoch):
+            batch = course.open.get(number)
+            if batch is None:
+                if not late and (course.returned[number] or course.epoch == ask.epoch):
                     return self._open(worker, course, number, ask)
-                has = self._has_part(worker, batch)
-                if not has and batch.free() and self._may_take(batch, ask, late):
+            elif not self._has_part(worker, batch):
+                if batch.free() and self._may_take(batch, ask, late):
                     return self._lend(worker, batch, batch.free()[0], ask)
-                if not has and (not late or batch.covered):
+                if not late or batch.covered:
                     copies += [(len(h), min(h.values()), batch, i) for i, h in self._out(batch)]
-                late |= not has
+                late = True
+            elif not late or batch.covered:
+                mine = self.desk.again(worker, ask, batch.has)
+                if mine is not None:
+                    return mine
         if late:
             return self._copy(worker, copies, ask)
         course = self.desk.pool.course(ask.loader, ask.epoch)
@@ -118,6 +128,7 @@ class Synchronous:
         """Take it into the open update; the answer follows when that is over, or something came back."""
         desk, covers = self.desk, real(step)
         worker.redo = -1
+        worker.vain = worker.vain + 1 if step.covers and not covers else 0
         held = all(desk.pool.holds(worker.name, piece) for piece in covers)
         if worker.read == desk.version and held and (covers or not (step.covers or self._has_stepped(worker))):
             self._take(worker, step, covers)
@@ -184,7 +195,7 @@ class Synchronous:
 
     def _wake(self, batch: Batch) -> bool:
         """Whether somebody was told to go round for a part of this batch."""
-        asleep = [w for w in self.desk.live if w.step is not None and w.meet is None and batch.loader in w.loaders]
+        asleep = [w for w in self.desk.live if w.step is not None and batch.loader in w.loaders and w.vain < VAIN]
         for _, holders in self._out(batch):
             if all(any(w.name == name for w in asleep) for name in holders):
                 self._go_round(next(w for w in asleep if w.name in holders))

@@ -26,6 +26,7 @@ from paceline.exchange.server import (
     Apply,
     Ask,
     Closed,
+    Damp,
     Drop,
     Event,
     Go,
@@ -46,6 +47,8 @@ from paceline.exchange.server import (
     Step,
 )
 
+STEPS = 4
+DAMPS = ("constant", "inverse", "polynomial", "hinge")
 Script = Generator[float | None, Instruction, None]
 
 
@@ -58,7 +61,8 @@ class Plan:
     """A run.
 
     Attributes:
-        lengths: Global batches of each loader; a script with several takes one of each in a step.
+        lengths: Global batches of each loader; a script with several takes one of each in a step. None: a script that steps
+            ``STEPS`` times in a pass, without a loader.
         accumulate: Batches of a step.
         ahead: Batches that loaders look ahead.
         left: What a script does with batches that do not make a step at the end of a pass: ``step``, and goes round again if that is
@@ -67,6 +71,7 @@ class Plan:
         speeds: Seconds for the rows of a whole batch, of each worker.
         fixed: Seconds that each piece takes besides.
         kills, joins: Times. A restart kills the server and all workers.
+        behind: Who joins begins with the first pass, not where the others are.
     """
 
     seed: int = 0
@@ -86,21 +91,24 @@ class Plan:
     restarts: tuple[float, ...] = ()
     repeats: float = 0.0
     broken: float = 0.0
+    behind: bool = False
 
     @classmethod
     def draw(cls, seed: int) -> Plan:
         """A plan with a bit of everything."""
         rng = random.Random(seed)
-        length, loaders = rng.randint(0, 9), rng.choice((1, 1, 1, 2))
+        length, loaders = rng.randint(0, 9), rng.choice((1, 1, 1, 1, 1, 1, 2, 2, 0))
         staleness = rng.choice((0, 0, 0, 1, 2, 4, math.inf))
         rule = Rule(
             staleness,
             backup=rng.choice((0, 0, 1, 2)) if staleness == 0 else 0,
             buffer=rng.choice((1, 1, 2, 3)) if staleness else 1,
+            damp=Damp(rng.choice(DAMPS)) if staleness else Damp(),
         )
         speeds = tuple(rng.choice((0.3, 1, 1, 1, 4, 10)) for _ in range(rng.randint(1, 5)))
         horizon = rng.choice((3.0, 10.0, 40.0))
         rough = rng.random() < 0.7
+        comes = rough and (loaders or staleness)  # without a loader nobody could join in the middle of a pass
         return cls(
             seed,
             rule,
@@ -115,10 +123,11 @@ class Plan:
             rng.choice((0.0, 0.05, 0.5)),
             rng.choice((0.0, 0.5, 3.0)),
             tuple(rng.uniform(0, horizon) for _ in range(rng.randint(0, 4))) if rough else (),
-            tuple(rng.uniform(0, horizon) for _ in range(rng.randint(0, 3))) if rough else (),
-            (rng.uniform(0, horizon),) if rng.random() < 0.2 else (),
+            tuple(rng.uniform(0, horizon) for _ in range(rng.randint(0, 3))) if comes else (),
+            (rng.uniform(0, horizon),) if comes and rng.random() < 0.2 else (),
             rng.choice((0.0, 0.2)),
             rng.choice((0.0, 0.0, 0.1)),
+            rng.random() < 0.3,
         )
 
 
@@ -148,7 +157,7 @@ class Sim:
         yield from self._hear(Go)
         for epoch in range(self.epoch, plan.epochs):
             self.epoch = epoch
-            yield from self._pass()
+            yield from self._pass() if plan.lengths else self._steps()
             if plan.meets:
                 self.send(Meet(self.name, f"pass {self.epoch}", str(self.params)))
                 yield from self._hear(Met)
@@ -180,6 +189,12 @@ class Sim:
                 seq = self.seq
                 yield from self._pass()
                 self.again &= self.seq > seq
+
+    def _steps(self) -> Script:
+        for _ in range(STEPS):
+            yield self.speed
+            self.used.add(self.params)
+            yield from self._step()
 
     def _compute(self, pieces: list[Piece]) -> Script:
         for piece in pieces:
@@ -291,6 +306,7 @@ class World:
         self.read_at: dict[str, int] = {}
         self.has: dict[str, int] = {}  # version of the parameters of each
         self.exempt: set[str] = set()
+        self.ages: dict[str, Counter[int]] = {}
         self.trace: list[str] = []
 
     # -- time
@@ -316,12 +332,13 @@ class World:
         self.finish()
         return self
 
-    def start(self, speed: float) -> None:
+    def start(self, speed: float, again: bool = False) -> None:
         name = f"worker-{len(self.sims)}"
         epochs = [sim.epoch for sim in self.sims.values() if sim.alive and not sim.finished]
-        if not epochs and any(sim.finished for sim in self.sims.values()):
+        if not again and not epochs and any(sim.finished for sim in self.sims.values()):
             return  # the run has ended
-        sim = self.sims[name] = Sim(self, name, min(epochs) if epochs else self.unfinished(), speed)
+        epoch = min(epochs) if epochs else self.unfinished()
+        sim = self.sims[name] = Sim(self, name, 0 if self.plan.behind else epoch, speed)
         self.at(self.t, sim.proceed)
 
     def unfinished(self) -> int:
@@ -343,7 +360,7 @@ class World:
             sim.alive = False
         self.core = self.kind.load(self.plan.rule, json.loads(json.dumps(self.core.state())))
         for sim in living:
-            self.start(sim.speed)
+            self.start(sim.speed, again=True)
 
     def serve(self, event: Event, sim: Sim, core: ServerCore) -> None:
         """The core takes an event; everybody carries out what it says."""
@@ -351,6 +368,8 @@ class World:
             return  # the connection was to a server that is no more
         if isinstance(event, Step):
             self.slot[event.worker] = max(self.slot.get(event.worker, 0), event.seq)
+        if isinstance(event, Join | Meet) and not self.plan.lengths:
+            self.exempt.add(event.worker)  # when its next tick begins is known at its end
         if isinstance(event, Meet) and self.core.desk.pool.held.get(event.worker):
             self.exempt.add(event.worker)
         fresh = isinstance(event, Step) and event.worker in self.core.live
@@ -391,7 +410,8 @@ class World:
                 self.check_update(message)
             case Go(worker, seq, version):
                 self.read_at[worker], self.has[worker] = len(self.accepted), version
-                self.exempt.discard(worker)
+                if message.applied or message.kept or self.plan.lengths:
+                    self.exempt.discard(worker)
                 if version > self.version:
                     self.fail(f"{message} of a version that is not there")
                 if message.kept and (worker, seq) not in self.kept:
@@ -434,6 +454,10 @@ class World:
                 self.fail(f"{part} is applied again")
             if sorted(p for p in step.covers if p.parts) != list(part.covers):
                 self.fail(f"{part} covers something else than {step}")
+            tau = update.version - 1 - part.read
+            self.ages.setdefault(part.worker, Counter())[tau] += 1
+            if part.scale != self.plan.rule.damp(tau) or not 0 < part.scale <= 1:
+                self.fail(f"{part} is {tau} updates old")
         if update.skip != bool(update.blame) or update.skip != any(
             not self.pushes[p.worker, p.seq][0].finite for p in update.parts
         ):
@@ -457,7 +481,7 @@ class World:
             self.fail(f"parts out of order in {update}")
         if any(part.read != update.version - 1 for part in update.parts):
             self.fail(f"a stale part in {update}")
-        if self.plan.left != "step":
+        if self.plan.left != "step" or not self.plan.lengths:
             return
         got = {(p.loader, p.epoch, p.batch) for part in update.parts for p in part.covers}
         epoch, first = min(e for _, e, _ in got), min(b for _, _, b in got)
@@ -483,7 +507,9 @@ class World:
         waiting = [sim.name for sim in self.sims.values() if sim.alive and not sim.finished]
         if waiting:
             self.fail(f"{waiting} wait for ever")
-        if self.plan.left == "step":
+        if self.core.histogram != self.ages or self.core.version != self.version:
+            self.fail(f"counted {self.core.histogram}, applied {self.ages}")
+        if self.plan.left == "step" and self.plan.lengths:
             wanted = {(0, e) for e in range(self.plan.epochs)}  # nobody finds the end of the second of two loaders
             if wanted - self.closed.keys():
                 self.fail(f"passes {sorted(wanted - self.closed.keys())} are not closed")

@@ -207,12 +207,13 @@ class ServerCore:
 
     def _met(self, worker: Worker, meet: Meet) -> None:
         other = next((w for w in self.desk.live if w is not worker and w.meet is not None), None)
-        if other is not None and other.meet is not None and other.meet.tag != meet.tag:
-            self._refuse(worker, "PL402", f"{worker.name} is at {meet.tag!r}, {other.name} at {other.meet.tag!r}")
-            return
+        there = other.meet.tag if other is not None and other.meet is not None else None
         held = next((h for h in self.held if h.tag == meet.tag and h.turn < worker.born), None)
-        if held is not None and other is None:
+        if held is not None and there != meet.tag:
             self.desk.out.append(Met(worker.name, meet.tag, held.notes))
+            return
+        if other is not None and there != meet.tag:
+            self._refuse(worker, "PL402", f"{worker.name} is at {meet.tag!r}, {other.name} at {there!r}")
             return
         worker.meet, worker.computing = meet, False
 

@@ -38,7 +38,7 @@ class Worker:
         turn: Order in which those who wait have asked; `born`: when it came, in that order.
         loaders: Loaders that it has asked for.
         redo: Version of the open update for which it goes round once more.
-        vain: Steps of fillers only that it has taken one after the other.
+        vain: Steps without rows that it has taken one after the other.
         past: Loader -> pass that it has come to the end of.
         aside: What it had looked ahead when its step was not applied, see ``server_protocol``.
     """

@@ -128,7 +128,7 @@ class Synchronous:
         """Take it into the open update; the answer follows when that is over, or something came back."""
         desk, covers = self.desk, real(step)
         worker.redo = -1
-        worker.vain = worker.vain + 1 if step.covers and not covers else 0
+        worker.vain = 0 if covers else worker.vain + 1
         held = all(desk.pool.holds(worker.name, piece) for piece in covers)
         if worker.read == desk.version and held and (covers or not (step.covers or self._has_stepped(worker))):
             self._take(worker, step, covers)

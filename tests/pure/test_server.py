@@ -588,13 +588,6 @@ def test_rows_that_nobody_asks_for_end_the_run(covers: tuple[Piece, ...]) -> Non
     assert table.refused() == [("worker-0", "PL402")]
 
 
-def test_who_joins_later_is_told_what_was_said() -> None:
-    table = Table(Rule(1), 1)
-    table.tell(Meet("worker-0", "pass 0", "a"))
-    table.join(1)
-    assert table.tell(Meet("worker-1", "pass 0", "b")) == [Met("worker-1", "pass 0", (("worker-0", "a"),))]
-
-
 # ---- restarts -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("rule", [Rule(), Rule(2), Rule(2, buffer=3)])
 def test_a_checkpoint_counts_what_is_out_as_not_done(rule: Rule) -> None:

@@ -71,7 +71,8 @@ class Plan:
         speeds: Seconds for the rows of a whole batch, of each worker.
         fixed: Seconds that each piece takes besides.
         kills, joins: Times. A restart kills the server and all workers.
-        behind: Who joins begins with the first pass, not where the others are.
+        behind: Who joins begins with the first pass, not where the others are, in runs without meetings.
+        named: Steps name the fillers that they are of.
     """
 
     seed: int = 0
@@ -92,6 +93,7 @@ class Plan:
     repeats: float = 0.0
     broken: float = 0.0
     behind: bool = False
+    named: bool = True
 
     @classmethod
     def draw(cls, seed: int) -> Plan:
@@ -128,14 +130,16 @@ class Plan:
             rng.choice((0.0, 0.2)),
             rng.choice((0.0, 0.0, 0.1)),
             rng.random() < 0.3,
+            rng.random() < 0.5,
         )
 
 
 class Sim:
     """A worker's process: its loop, its adopted loaders, and its line to the server."""
 
-    def __init__(self, world: World, name: str, epoch: int, speed: float) -> None:
-        self.world, self.name, self.epoch, self.speed = world, name, epoch, speed
+    def __init__(self, world: World, name: str, speed: float) -> None:
+        self.world, self.name, self.speed = world, name, speed
+        self.epoch = 0
         self.rng = random.Random(f"{world.plan.seed} {name}")
         self.alive, self.finished = True, False
         self.inbox: list[Instruction] = []
@@ -208,7 +212,7 @@ class Sim:
     # -- the adopted optimizer
     def _step(self) -> Script:
         self.seq += 1
-        event = Step(self.name, self.seq, 1.0, tuple(self.covers), self.rng.random() >= self.world.plan.broken)
+        event = Step(self.name, self.seq, 1.0, self._said(), self.rng.random() >= self.world.plan.broken)
         self.world.pushed(self, event, self.used)
         self.covers, self.used = [], set()
         self.send(event)
@@ -218,6 +222,9 @@ class Sim:
         while go.seq != self.seq:
             go = yield from self._hear(Go)
         self.again = not (go.applied or go.kept)
+
+    def _said(self) -> tuple[Piece, ...]:
+        return tuple(piece for piece in self.covers if piece.parts or self.world.plan.named)
 
     # -- the adopted loader
     def _next(self, loader: int) -> Generator[float | None, Instruction, Piece | None]:
@@ -306,6 +313,9 @@ class World:
         self.read_at: dict[str, int] = {}
         self.has: dict[str, int] = {}  # version of the parameters of each
         self.exempt: set[str] = set()
+        self.asked = 0  # the last pass that somebody is in
+        self.between = False
+        self.at_door: list[tuple[Event, Sim]] = []
         self.ages: dict[str, Counter[int]] = {}
         self.trace: list[str] = []
 
@@ -334,11 +344,10 @@ class World:
 
     def start(self, speed: float, again: bool = False) -> None:
         name = f"worker-{len(self.sims)}"
-        epochs = [sim.epoch for sim in self.sims.values() if sim.alive and not sim.finished]
-        if not again and not epochs and any(sim.finished for sim in self.sims.values()):
+        goes = any(sim.alive and not sim.finished for sim in self.sims.values())
+        if not again and not goes and any(sim.finished for sim in self.sims.values()):
             return  # the run has ended
-        epoch = min(epochs) if epochs else self.unfinished()
-        sim = self.sims[name] = Sim(self, name, 0 if self.plan.behind else epoch, speed)
+        sim = self.sims[name] = Sim(self, name, speed)
         self.at(self.t, sim.proceed)
 
     def unfinished(self) -> int:
@@ -358,6 +367,8 @@ class World:
         living = [sim for sim in self.sims.values() if sim.alive and not sim.finished]
         for sim in living:
             sim.alive = False
+        self.asked, self.between = self.unfinished(), False
+        self.at_door.clear()
         self.core = self.kind.load(self.plan.rule, json.loads(json.dumps(self.core.state())))
         for sim in living:
             self.start(sim.speed, again=True)
@@ -366,6 +377,16 @@ class World:
         """The core takes an event; everybody carries out what it says."""
         if core is not self.core:
             return  # the connection was to a server that is no more
+        if isinstance(event, Join) and self.between and self.core.live:
+            self.at_door.append((event, sim))  # all have met, and do what is between two passes
+            return
+        if isinstance(event, Join):
+            sim.epoch = 0 if self.plan.behind and not self.plan.meets else self.asked
+        if isinstance(event, Ask) or (isinstance(event, Step | Leave) and event.worker in self.core.live):
+            self.asked = max(self.asked, sim.epoch)
+            self.between = False
+            while self.at_door:
+                self.serve(*self.at_door.pop(), core)
         if isinstance(event, Step):
             self.slot[event.worker] = max(self.slot.get(event.worker, 0), event.seq)
         if isinstance(event, Join | Meet) and not self.plan.lengths:
@@ -380,6 +401,7 @@ class World:
             self.taken(event)
         for message in out:
             self.trace.append(f"    {message}")
+            self.between |= isinstance(message, Met)
             self.check(message)
             target = self.sims.get(getattr(message, "worker", ""))
             if target is not None and isinstance(message, Go | Grant | Met):

@@ -12,8 +12,6 @@ while others wait in their step is refused (PL402).
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from paceline.exchange.server_bound import Asynchronous
@@ -69,18 +67,6 @@ __all__ = [
 ]
 
 
-MEETINGS = 64  # that a worker which comes late is told of
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """One that was held."""
-
-    tag: str
-    notes: tuple[tuple[str, str], ...]
-    turn: int
-
-
 class ServerCore:
     """Decides who computes what, when an update is made of it, and who may go on.
 
@@ -97,7 +83,6 @@ class ServerCore:
     def __init__(self, rule: Rule) -> None:
         self.desk = Desk(rule)
         self.discipline = (self.synchronous if rule.synchronous else self.asynchronous)(self.desk)
-        self.held: deque[Meeting] = deque(maxlen=MEETINGS)
         self._turns = 0
 
     @property
@@ -150,8 +135,7 @@ class ServerCore:
     def _join(self, name: str) -> None:
         desk = self.desk
         if name not in desk.workers and name not in desk.gone:
-            self._turns += 1
-            worker = desk.workers[name] = Worker(name, clock=desk.latest(), read=desk.version, born=self._turns)
+            worker = desk.workers[name] = Worker(name, clock=desk.latest(), read=desk.version)
             desk.go(worker)
 
     def _take(self, worker: Worker, event: Event) -> None:
@@ -190,6 +174,7 @@ class ServerCore:
         elif step.seq == worker.seq + 1:
             worker.seq, worker.aside = step.seq, ()
             self.discipline.step(worker, step)
+            worker.filled = False
         elif step.seq == worker.seq and worker.step is None and worker.answer is not None:
             self.desk.out.append(worker.answer)
 
@@ -208,10 +193,6 @@ class ServerCore:
     def _met(self, worker: Worker, meet: Meet) -> None:
         other = next((w for w in self.desk.live if w is not worker and w.meet is not None), None)
         there = other.meet.tag if other is not None and other.meet is not None else None
-        held = next((h for h in self.held if h.tag == meet.tag and h.turn < worker.born), None)
-        if held is not None and there != meet.tag:
-            self.desk.out.append(Met(worker.name, meet.tag, held.notes))
-            return
         if other is not None and there != meet.tag:
             self._refuse(worker, "PL402", f"{worker.name} is at {meet.tag!r}, {other.name} at {there!r}")
             return
@@ -276,8 +257,6 @@ class ServerCore:
         if self.discipline.flush():
             return True
         notes = tuple((w.name, w.meet.note) for w in live if w.meet is not None)
-        self._turns += 1
-        self.held.append(Meeting(live[0].meet.tag if live[0].meet else "", notes, self._turns))
         for worker in live:
             meet, worker.meet = worker.meet, None
             assert meet is not None

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paceline.exchange.server_desk import Desk, Worker, real
+from paceline.exchange.server_desk import Desk, Worker, is_empty, real
 from paceline.exchange.server_pool import Pass
 from paceline.exchange.server_protocol import Ask, Grant, Part, Step
 
@@ -60,7 +60,7 @@ class Asynchronous:
         """Apply or keep it; the answer follows when the worker may go on."""
         desk, covers = self.desk, real(step)
         self._enter(worker)
-        if not all(desk.pool.holds(worker.name, piece) for piece in covers) or (step.covers and not covers):
+        if not all(desk.pool.holds(worker.name, piece) for piece in covers) or is_empty(worker, step):
             desk.drop(worker, step)
             worker.clock = desk.latest()
             desk.go(worker)

@@ -35,7 +35,8 @@ class Worker:
         read: Version of its parameters.
         seq: Its last step; `answer` is what was said to it.
         ask, step, meet: What it waits for an answer to.
-        turn: Order in which those who wait have asked; `born`: when it came, in that order.
+        turn: Order in which those who wait have asked.
+        filled: It was given fillers since its last step.
         loaders: Loaders that it has asked for.
         redo: Version of the open update for which it goes round once more.
         vain: Steps without rows that it has taken one after the other.
@@ -53,7 +54,7 @@ class Worker:
     step: Step | None = None
     meet: Meet | None = None
     turn: int = 0
-    born: int = 0
+    filled: bool = False
     loaders: tuple[int, ...] = ()
     redo: int = -1
     vain: int = 0
@@ -185,6 +186,11 @@ class Discipline(Protocol):
         """Apply what is kept for later. False: there is nothing."""
 
 
+def is_empty(worker: Worker, step: Step) -> bool:
+    """Whether a step is of fillers only, which its worker may name or not."""
+    return not real(step) and (bool(step.covers) or worker.filled)
+
+
 def real(step: Step) -> tuple[Piece, ...]:
     """The pieces of a step without fillers, in order."""
     return tuple(sorted(piece for piece in step.covers if piece.parts))
@@ -192,4 +198,5 @@ def real(step: Step) -> tuple[Piece, ...]:
 
 def filler(worker: Worker, ask: Ask) -> Grant:
     """Something to compute that counts nothing."""
+    worker.filled = True
     return Grant(worker.name, Piece(ask.loader, ask.epoch, 0, 0, 0))

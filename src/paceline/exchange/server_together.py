@@ -17,7 +17,7 @@ they are there it is applied, parts in the order of (loader, epoch, batch, part)
 
 from __future__ import annotations
 
-from paceline.exchange.server_desk import Desk, Worker, filler, real
+from paceline.exchange.server_desk import Desk, Worker, filler, is_empty, real
 from paceline.exchange.server_pool import Batch, Pass
 from paceline.exchange.server_protocol import Ask, Grant, Part, Piece, Step
 
@@ -130,7 +130,11 @@ class Synchronous:
         worker.redo = -1
         worker.vain = 0 if covers else worker.vain + 1
         held = all(desk.pool.holds(worker.name, piece) for piece in covers)
-        if worker.read == desk.version and held and (covers or not (step.covers or self._has_stepped(worker))):
+        if (
+            worker.read == desk.version
+            and held
+            and (covers or not (is_empty(worker, step) or self._has_stepped(worker)))
+        ):
             self._take(worker, step, covers)
             return
         desk.drop(worker, step)

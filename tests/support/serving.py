@@ -308,6 +308,7 @@ class World:
         self.dropped: set[tuple[str, int]] = set()
         self.applied: Counter[Piece] = Counter()
         self.updates: list[tuple[Part, ...]] = []
+        self.progress: list[tuple[float, int]] = []  # when each was made
         self.closed: dict[tuple[int, int], int] = {}
         self.accepted: list[str] = []  # who has pushed, in the order in which the core took it
         self.read_at: dict[str, int] = {}
@@ -386,7 +387,9 @@ class World:
             self.asked = max(self.asked, sim.epoch)
             self.between = False
             while self.at_door:
-                self.serve(*self.at_door.pop(), core)
+                joins, comes = self.at_door.pop()
+                if comes.alive:
+                    self.serve(joins, comes, core)
         if isinstance(event, Step):
             self.slot[event.worker] = max(self.slot.get(event.worker, 0), event.seq)
         if isinstance(event, Join | Meet) and not self.plan.lengths:
@@ -485,6 +488,7 @@ class World:
         ):
             self.fail(f"{update} with what is not finite")
         self.updates.append(update.parts)
+        self.progress.append((self.t, update.version))
         pieces = [piece for part in update.parts for piece in part.covers]
         self.applied.update(pieces)
         self.check_whole(pieces)

@@ -80,7 +80,7 @@ class Synchronous:
                     return self._open(worker, course, number, ask)
             elif not self._has_part(worker, batch):
                 if batch.free() and self._may_take(batch, ask, late):
-                    return self._lend(worker, batch, batch.free()[0], ask)
+                    return self._lend(worker, batch, self._usual(worker, batch), ask)
                 if not late or batch.covered:
                     copies += [(len(h), min(h.values()), batch, i) for i, h in self._out(batch)]
                 late = True
@@ -97,6 +97,11 @@ class Synchronous:
             return Grant(worker.name, None)
         return self._open(worker, course, course.opened, ask)
 
+    def _usual(self, worker: Worker, batch: Batch) -> int:
+        """The free part with the number that it has of other batches: so sums over accumulated batches repeat as well."""
+        others = [p.part for p in (*self._given(worker), *self.desk.holding(worker))]
+        return next((part for part in reversed(others) if part in batch.free()), batch.free()[0])
+
     def _may_take(self, batch: Batch, ask: Ask, late: bool) -> bool:
         return batch.covered or (not late and (batch.lost or batch.epoch == ask.epoch))
 
@@ -111,8 +116,7 @@ class Synchronous:
         return self._lend(worker, batch, part, ask)
 
     def _has_part(self, worker: Worker, batch: Batch) -> bool:
-        pieces = [p for part in self.parts if part.worker == worker.name for p in part.covers]
-        return any(batch.has(piece) for piece in (*pieces, *self.desk.holding(worker)))
+        return any(batch.has(piece) for piece in (*self._given(worker), *self.desk.holding(worker)))
 
     def _open(self, worker: Worker, course: Pass, number: int, ask: Ask) -> Grant:
         parts = max(1, len(self.desk.workers) - self.desk.rule.backup)

@@ -198,6 +198,21 @@ def test_what_a_worker_reads_holds_its_own_updates() -> None:
             assert table.went()[f"worker-{number}"].version >= update.version
 
 
+def test_who_begins_again_reads_first() -> None:
+    table = Table(Rule(1), 2)
+    table.tell(Meet("worker-1", "somewhere"))
+    for _ in range(5):
+        table.ask(0)
+        table.step(0)
+    table.tell(Meet("worker-0", "somewhere"))
+    assert Go("worker-1", 0, 5, 0, False, 0) in table.last
+    table.join(2)
+    table.ask(0)
+    table.step(0)
+    table.ask(2)
+    assert table.last == [Go("worker-2", 0, 6, 6, False, 0), Grant("worker-2", piece(6))]
+
+
 def test_age_counts_updates_between_reading_and_applying() -> None:
     table = Table(Rule(math.inf, damp=Damp("inverse")), 2)
     table.ask(0)
@@ -404,6 +419,43 @@ def test_asynchronous_steps_without_rows_are_one_update_each() -> None:
     for number in (0, 1, 0):
         table.step(number)
         assert [len(update.parts) for update in table.applied()] == [1]
+
+
+def test_a_second_optimizer_steps_without_whoever_came_between() -> None:
+    table = Table(Rule(), 2)
+    for batch in range(2):
+        for number in (0, 1):
+            assert table.ask(number) == piece(batch, number, 2)
+        table.step(0)
+        table.step(1)
+        if batch == 1:
+            table.join(2)
+            assert table.ask(2) == "held"
+        table.step(0, ())
+        assert not table.applied()
+        table.step(1, ())
+        assert len(table.applied()) == 1
+    assert Grant("worker-2", piece(2, 0, 3)) in table.last
+
+
+def test_a_worker_that_holds_rows_of_one_loader_is_not_held_at_the_other() -> None:
+    table = Table(Rule(), 1)
+    table.ask(0, loader=1)
+    table.join(1)
+    assert table.ask(0) == piece(0, 0, 2)
+    assert table.ask(1) == piece(0, 1, 2)
+    mine = table.ask(1, loader=1)
+    assert isinstance(mine, Piece)
+    assert mine.parts == 0, "a filler, so that its script comes to its step"
+    table.step(0)
+    table.step(1)
+    assert len(table.applied()) == 1
+
+
+def test_a_pass_that_others_have_left_is_over() -> None:
+    table = Table(Rule(), 2)
+    assert table.ask(0, epoch=3) == piece(0, 0, 2, epoch=3)
+    assert table.ask(1, epoch=2) is None
 
 
 # ---- what is not finite ------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class Plan:
         lengths: Global batches of each loader; a script with several takes one of each in a step. None: a script that steps
             ``STEPS`` times in a pass, without a loader.
         accumulate: Batches of a step.
+        optimizers: Steps after them; only the first covers the batches.
         ahead: Batches that loaders look ahead.
         left: What a script does with batches that do not make a step at the end of a pass: ``step``, and goes round again if that is
             not applied; step ``last`` of all, and goes on; ``carry`` them on; or ``break`` out before.
@@ -94,6 +95,7 @@ class Plan:
     broken: float = 0.0
     behind: bool = False
     named: bool = True
+    optimizers: int = 1
 
     @classmethod
     def draw(cls, seed: int) -> Plan:
@@ -131,6 +133,7 @@ class Plan:
             rng.choice((0.0, 0.0, 0.1)),
             rng.random() < 0.3,
             rng.random() < 0.5,
+            2 if not rule.backup and rng.random() < 0.15 else 1,
         )
 
 
@@ -211,6 +214,14 @@ class Sim:
 
     # -- the adopted optimizer
     def _step(self) -> Script:
+        yield from self._push()
+        again = self.again
+        for _ in range(1, self.world.plan.optimizers):
+            self.used = {self.params}
+            yield from self._push()
+        self.again |= again
+
+    def _push(self) -> Script:
         self.seq += 1
         event = Step(self.name, self.seq, 1.0, self._said(), self.rng.random() >= self.world.plan.broken)
         self.world.pushed(self, event, self.used)
@@ -392,7 +403,7 @@ class World:
                     self.serve(joins, comes, core)
         if isinstance(event, Step):
             self.slot[event.worker] = max(self.slot.get(event.worker, 0), event.seq)
-        if isinstance(event, Join | Meet) and not self.plan.lengths:
+        if isinstance(event, Join | Meet) and (not self.plan.lengths or self.plan.optimizers > 1):
             self.exempt.add(event.worker)  # when its next tick begins is known at its end
         if isinstance(event, Meet) and self.core.desk.pool.held.get(event.worker):
             self.exempt.add(event.worker)
@@ -507,7 +518,7 @@ class World:
             self.fail(f"parts out of order in {update}")
         if any(part.read != update.version - 1 for part in update.parts):
             self.fail(f"a stale part in {update}")
-        if self.plan.left != "step" or not self.plan.lengths:
+        if self.plan.left != "step" or not self.plan.lengths or self.plan.optimizers > 1:
             return
         got = {(p.loader, p.epoch, p.batch) for part in update.parts for p in part.covers}
         epoch, first = min(e for _, e, _ in got), min(b for _, _, b in got)

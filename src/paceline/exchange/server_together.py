@@ -12,6 +12,8 @@ they are there it is applied, parts in the order of (loader, epoch, batch, part)
 * ``backup``: a worker for which no part is left gets a *copy* of one that is not delivered yet (speculative execution). The first
   delivery counts. Chen et al. 2016 (1604.00981) drop the slowest gradients instead, and with them always the same workers' rows; here
   each row is in exactly one update.
+* An update without rows (no loader is adopted, or a second optimizer steps after the first) is of all who took part in the one before,
+  or never ask. Who comes late waits for the next batch. When a worker dies between two optimizers, the second update is of those who are left.
 * A gradient that is not finite: the whole update is left out, and counts.
 """
 
@@ -31,6 +33,10 @@ class Synchronous:
         self.desk = desk
         self.parts: list[Part] = []  # of the open update
         self.blame: list[str] = []
+        self.crew: set[str] = set()  # who took part in the last update
+        self.early: set[str] = set()  # who has stepped a further optimizer before the update with rows was made
+        self.rowless = 0  # updates without rows since the last one with rows
+        self.further = 0  # how many of them there were the time before: the script steps further optimizers
 
     # -- pieces
     def choose(self, worker: Worker, ask: Ask) -> Grant | None:
@@ -71,6 +77,8 @@ class Synchronous:
 
     def _next(self, worker: Worker, ask: Ask) -> Grant | None:
         """A *late* worker has no part of a batch that others have begun: for it there is only the open update."""
+        if self.rowless < self.further:
+            return None
         late = False
         copies: list[tuple[int, float, Batch, int]] = []
         for course, number in self.desk.pool.pending(ask.loader, ask.epoch):
@@ -120,7 +128,8 @@ class Synchronous:
 
     def _open(self, worker: Worker, course: Pass, number: int, ask: Ask) -> Grant:
         parts = max(1, len(self.desk.workers) - self.desk.rule.backup)
-        return self._lend(worker, course.start(number, parts), 0, ask)
+        batch = course.start(number, parts)
+        return self._lend(worker, batch, self._usual(worker, batch), ask)
 
     def _lend(self, worker: Worker, batch: Batch, part: int, ask: Ask) -> Grant:
         if not ask.ahead:
@@ -134,14 +143,13 @@ class Synchronous:
         worker.redo = -1
         worker.vain = 0 if covers else worker.vain + 1
         held = all(desk.pool.holds(worker.name, piece) for piece in covers)
-        if (
-            worker.read == desk.version
-            and held
-            and (covers or not (is_empty(worker, step) or self._has_stepped(worker)))
-        ):
+        counts = bool(covers) or not (is_empty(worker, step) or self._has_stepped(worker))
+        if worker.read == desk.version and held and counts:
             self._take(worker, step, covers)
             return
         desk.drop(worker, step)
+        if not covers and not is_empty(worker, step):
+            self.early.add(worker.name)
         if worker.read == desk.version and self._has_share(worker, covers):
             worker.step = step
         else:
@@ -185,21 +193,31 @@ class Synchronous:
         if self._complete():
             self._close()
             return True
-        return any(self._wake(batch) for batch in self.desk.pool.open_batches() if batch.covered)
+        return any(self._wake(batch) for batch in self.desk.pool.open_batches() if batch.covered) or self._next_rows()
+
+    def _next_rows(self) -> bool:
+        """All ask for rows: no further optimizer is stepped now, though one was before."""
+        expected, live = self.rowless < self.further, self.desk.live
+        if expected and all(w.waiting for w in live) and any(w.ask for w in live):
+            self.further = 0
+            return True
+        return False
 
     def _complete(self) -> bool:
-        waits = self._without_rows() and not all(w.step for w in self.desk.live)
+        crew = [w for w in self.desk.live if w.name in self.crew or not w.loaders]
+        waits = self._without_rows() and not all(w.step for w in crew)
         covered = (batch for batch in self.desk.pool.open_batches() if batch.covered)
         return bool(self.parts) and not waits and all(batch.complete for batch in covered)
 
     def _close(self) -> None:
         parts, blame = sorted(self.parts, key=lambda p: (p.covers, p.worker, p.seq)), tuple(sorted(set(self.blame)))
+        self.further, self.rowless = (self.rowless, 0) if parts[-1].covers else (self.further, self.rowless + 1)
         self.parts, self.blame = [], []
         self.desk.apply(parts, blame)
-        counted = {part.worker for part in parts}
+        self.crew, self.early = {part.worker for part in parts} - self.early, set()
         for worker in self.desk.live:
             if worker.step is not None:
-                self.desk.go(worker, applied=worker.name in counted)
+                self.desk.go(worker, applied=worker.name in self.crew)
 
     def _wake(self, batch: Batch) -> bool:
         """Whether somebody was told to go round for a part of this batch."""

@@ -438,6 +438,23 @@ def test_a_second_optimizer_steps_without_whoever_came_between() -> None:
     assert Grant("worker-2", piece(2, 0, 3)) in table.last
 
 
+def test_a_second_optimizer_may_be_left_out_again() -> None:
+    table = Table(Rule(), 2)
+    for covers in (None, (), None, ()):
+        for number in (0, 1):
+            if covers is None:
+                table.ask(number)
+        for number in (0, 1):
+            table.step(number, covers)
+    for number in (0, 1):
+        table.ask(number)
+    for number in (0, 1):
+        table.step(number)
+    assert table.core.version == 5
+    assert table.ask(0) == "held", "a step of the second one is due"
+    assert table.ask(1) != "held", "it is not: both ask for rows"
+
+
 def test_a_worker_that_holds_rows_of_one_loader_is_not_held_at_the_other() -> None:
     table = Table(Rule(), 1)
     table.ask(0, loader=1)
@@ -456,6 +473,25 @@ def test_a_pass_that_others_have_left_is_over() -> None:
     table = Table(Rule(), 2)
     assert table.ask(0, epoch=3) == piece(0, 0, 2, epoch=3)
     assert table.ask(1, epoch=2) is None
+
+
+def test_who_goes_round_is_given_nothing_ahead() -> None:
+    table = Table(Rule(), 2)
+    table.ask(0)
+    table.ask(1)
+    table.step(0)
+    table.tell(Leave("worker-1"))
+    assert table.ask(0, ahead=True) is None
+    assert table.ask(0) == piece(0, 1, 2)
+
+
+def test_who_waits_for_one_that_has_left_its_step_open_is_not_kept() -> None:
+    table = Table(Rule(), 1)
+    table.ask(0)
+    table.join(1)
+    assert table.ask(1) == "held"
+    out = table.tell(Meet("worker-0", "in the middle of a step"))
+    assert out == [Grant("worker-1", piece(0, parts=0))]
 
 
 # ---- what is not finite ------------------------------------------------------------------------------------------------------
@@ -565,6 +601,17 @@ def test_a_step_of_a_piece_that_is_not_held_counts_nothing(rule: Rule) -> None:
     assert [type(m) for m in out] == [Drop, Go]
     assert not table.went()["worker-0"].applied
     assert table.ask(1) == mine, "it came back"
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(1)])
+def test_what_was_looked_ahead_is_granted_again_after_a_step_that_counts_nothing(rule: Rule) -> None:
+    table = Table(rule, 1)
+    table.ask(0)
+    ahead = table.ask(0, ahead=True)
+    table.step(0, [piece(9)])
+    assert not table.went()["worker-0"].applied
+    again = [table.ask(0), table.ask(0)]
+    assert again == [piece(0), ahead]
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(1)])

@@ -469,6 +469,29 @@ def test_a_worker_that_holds_rows_of_one_loader_is_not_held_at_the_other() -> No
     assert len(table.applied()) == 1
 
 
+def test_who_is_needed_for_the_other_loader_gets_there() -> None:
+    table = Table(Rule(), 1)
+    first = table.ask(0)
+    table.end(0, 1)
+    table.tell(Skip("worker-0", (piece(0),)))
+    table.join(1)
+    assert first == piece(0)
+    assert table.ask(0) == piece(0, 0, 2)
+    assert table.ask(0, loader=1) == piece(0, 0, 2, loader=1)
+    assert table.ask(1) == piece(0, 1, 2)
+    table.step(1)
+    table.step(0)
+    table.tell(Leave("worker-1"))
+    table.tell(Leave("worker-0"))
+    table.join(2)
+    mine = table.ask(2)
+    assert isinstance(mine, Piece)
+    assert mine.parts == 0
+    assert table.ask(2, loader=1) == piece(0, 1, 2, loader=1)
+    table.step(2)
+    assert len(table.applied()) == 1
+
+
 def test_a_pass_that_others_have_left_is_over() -> None:
     table = Table(Rule(), 2)
     assert table.ask(0, epoch=3) == piece(0, 0, 2, epoch=3)

@@ -15,7 +15,7 @@ from paceline.exchange.server import Damp, Piece, Rule
 from support.serving import Plan, World
 
 BLOCK = 250
-TIMES = 4  # runs for each of --seeds: they are short
+TIMES = 3  # runs for each of --seeds: they are short
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -70,7 +70,7 @@ plans = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plans)
 def test_any_plan_ends_with_every_batch_in_one_update(plan: Plan) -> None:
     World(plan).run()

@@ -282,7 +282,8 @@ class ServerCore:
         return self._refuse_steps(live)
 
     def _give_up(self, worker: Worker, ask: Ask) -> None:
-        if self.desk.pool.course(ask.loader, ask.epoch).exhausted:
+        exhausted = self.desk.pool.course(ask.loader, ask.epoch).exhausted
+        if exhausted and not self.discipline.needs_another(worker, ask):
             self._none(worker, ask)
         else:
             worker.ask = None

@@ -79,6 +79,10 @@ class Asynchronous:
         if len(self.buffer) >= desk.rule.buffer:
             self.flush()
 
+    def needs_another(self, worker: Worker, ask: Ask) -> bool:
+        """Each batch is for itself."""
+        return False
+
     def flush(self) -> bool:
         """Apply what is kept. The age of a push is what it is now."""
         parts, self.buffer = self.buffer, []

@@ -182,6 +182,9 @@ class Discipline(Protocol):
     def advance(self) -> bool:
         """Do what has become possible, one thing. False: there is nothing."""
 
+    def needs_another(self, worker: Worker, ask: Ask) -> bool:
+        """Whether a worker for which nothing is left of this loader is needed for another."""
+
     def flush(self) -> bool:
         """Apply what is kept for later. False: there is nothing."""
 

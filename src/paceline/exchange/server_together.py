@@ -169,6 +169,11 @@ class Synchronous:
             self.blame.append(worker.name)
         worker.step = step
 
+    def needs_another(self, worker: Worker, ask: Ask) -> bool:
+        """The open update needs a part of another loader's batch; a script asks its loaders in turn."""
+        other = (b for b in self.desk.pool.open_batches() if b.loader != ask.loader and b.epoch <= ask.epoch)
+        return worker.vain < VAIN and any(batch.covered and batch.free() for batch in other)
+
     def _has_stepped(self, worker: Worker) -> bool:
         return any(part.worker == worker.name for part in self.parts)
 

@@ -561,6 +561,7 @@ class World:
                 self.fail(f"only {sorted(done)} are applied")
 
     def may_lose(self) -> bool:
-        """A worker may die with the first batches of a last step that it has not begun, when all others have made theirs."""
+        """A worker may die with a part of what its last step would be of, when all others are past theirs."""
         falls = self.plan.kills or self.plan.restarts
-        return bool(self.plan.rule.staleness and self.plan.accumulate > 1 and falls)
+        several = self.plan.accumulate > 1 or len(self.plan.lengths) > 1
+        return bool(self.plan.rule.staleness and several and falls)

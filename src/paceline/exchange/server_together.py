@@ -245,5 +245,6 @@ class Synchronous:
 
     def _go_round(self, worker: Worker) -> None:
         self._keep(worker)
+        self.early.discard(worker.name)
         worker.redo = self.desk.version
         self.desk.go(worker)

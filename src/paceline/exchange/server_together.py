@@ -143,14 +143,15 @@ class Synchronous:
         worker.redo = -1
         worker.vain = 0 if covers else worker.vain + 1
         held = all(desk.pool.holds(worker.name, piece) for piece in covers)
-        counts = bool(covers) or not (is_empty(worker, step) or self._has_stepped(worker))
+        early = not covers and not is_empty(worker, step) and (self._has_stepped(worker) or self._has_rows())
+        counts = bool(covers) or not (early or is_empty(worker, step))
         if worker.read == desk.version and held and counts:
             self._take(worker, step, covers)
             return
         desk.drop(worker, step)
-        if not covers and not is_empty(worker, step):
+        if early:
             self.early.add(worker.name)
-        if worker.read == desk.version and self._has_share(worker, covers):
+        if worker.read == desk.version and (early or self._has_share(worker, covers)):
             worker.step = step
         else:
             desk.go(worker)
@@ -176,6 +177,9 @@ class Synchronous:
 
     def _has_stepped(self, worker: Worker) -> bool:
         return any(part.worker == worker.name for part in self.parts)
+
+    def _has_rows(self) -> bool:
+        return any(part.covers for part in self.parts)
 
     def _without_rows(self) -> bool:
         return any(not part.covers for part in self.parts)

@@ -12,7 +12,7 @@ while others wait in their step is refused (PL402).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from paceline.exchange.server_bound import Asynchronous
 from paceline.exchange.server_desk import Desk, Discipline, Worker, filler
@@ -77,9 +77,12 @@ class ServerCore:
     [Grant(worker='worker-0', piece=Piece(loader=0, epoch=0, batch=0, part=0, parts=1))]
     """
 
+    synchronous: ClassVar[type[Discipline]] = Synchronous
+    asynchronous: ClassVar[type[Discipline]] = Asynchronous
+
     def __init__(self, rule: Rule) -> None:
         self.desk = Desk(rule)
-        self.discipline: Discipline = Synchronous(self.desk) if rule.synchronous else Asynchronous(self.desk)
+        self.discipline = (self.synchronous if rule.synchronous else self.asynchronous)(self.desk)
         self._turns = 0
 
     @property
@@ -159,8 +162,8 @@ class ServerCore:
             worker.loaders += (ask.loader,)
         worker.ask = ask
         self._queue(worker)
-        if not self._answer(worker) and (ask.ahead or self.desk.holding(worker)):
-            self._none(worker)
+        if not self._answer(worker) and ask.ahead:
+            self._none(worker, ask)
         if worker.ask is not None:
             self._rest(worker)
 
@@ -169,8 +172,9 @@ class ServerCore:
             text = f"{worker.name} has pushed step {step.seq} after step {worker.seq}"
             self._refuse(worker, "PL401", text)
         elif step.seq == worker.seq + 1:
-            worker.seq = step.seq
+            worker.seq, worker.aside = step.seq, ()
             self.discipline.step(worker, step)
+            worker.filled = False
         elif step.seq == worker.seq and worker.step is None and worker.answer is not None:
             self.desk.out.append(worker.answer)
 
@@ -188,8 +192,9 @@ class ServerCore:
 
     def _met(self, worker: Worker, meet: Meet) -> None:
         other = next((w for w in self.desk.live if w is not worker and w.meet is not None), None)
-        if other is not None and other.meet is not None and other.meet.tag != meet.tag:
-            self._refuse(worker, "PL402", f"{worker.name} is at {meet.tag!r}, {other.name} at {other.meet.tag!r}")
+        there = other.meet.tag if other is not None and other.meet is not None else None
+        if other is not None and there != meet.tag:
+            self._refuse(worker, "PL402", f"{worker.name} is at {meet.tag!r}, {other.name} at {there!r}")
             return
         worker.meet, worker.computing = meet, False
 
@@ -220,17 +225,29 @@ class ServerCore:
         ask = worker.ask
         assert ask is not None
         grant = self.discipline.choose(worker, ask)
-        if grant is not None:
+        if grant is None and self._is_over(worker, ask):
+            grant = Grant(worker.name, None)
+        if grant is not None and grant.piece is None:
+            self._none(worker, ask)
+        elif grant is not None:
             worker.ask = None
             self.desk.out.append(grant)
-        elif self.desk.pool.course(ask.loader, ask.epoch).closed:
-            self._none(worker)
         return worker.ask is None
 
-    def _none(self, worker: Worker) -> None:
+    def _is_over(self, worker: Worker, ask: Ask) -> bool:
+        """Nothing can come any more: the pass is closed; or it waits for this worker, and others that wait or are past it."""
+        course = self.desk.pool.course(ask.loader, ask.epoch)
+        begun = any(p.loader == ask.loader for p in self.desk.begun(worker))
+        others = [self.desk.workers[name] for name in self.desk.pool.out(course)]
+        stands = all(w.waiting or w.past.get(ask.loader, -1) >= ask.epoch for w in others)
+        return course.closed or (begun and course.exhausted and stands)
+
+    def _none(self, worker: Worker, ask: Ask) -> None:
         worker.ask = None
         self._rest(worker)
-        self.desk.refresh(worker)
+        if not ask.ahead:
+            worker.past[ask.loader] = max(ask.epoch, worker.past.get(ask.loader, -1))
+            self.desk.refresh(worker)
         self.desk.out.append(Grant(worker.name, None))
 
     def _meeting(self) -> bool:
@@ -265,8 +282,9 @@ class ServerCore:
         return self._refuse_steps(live)
 
     def _give_up(self, worker: Worker, ask: Ask) -> None:
-        if self.desk.pool.course(ask.loader, ask.epoch).exhausted:
-            self._none(worker)
+        exhausted = self.desk.pool.course(ask.loader, ask.epoch).exhausted
+        if exhausted and not self.discipline.needs_another(worker, ask):
+            self._none(worker, ask)
         else:
             worker.ask = None
             self.desk.out.append(filler(worker, ask))

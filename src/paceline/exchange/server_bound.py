@@ -11,7 +11,7 @@ the next tick ``c`` only if ``c - min(clock of the others that compute) <= stale
 * Whoever dies leaves the minimum at once.
 
 So for all that compute ``max(clock of the live) - clock <= staleness``: it holds at entry, and a release keeps it. While one
-worker is in a tick each other one makes at most ``2 * staleness + 1`` updates.
+worker is in a tick each other one makes at most ``staleness + 2`` updates: the one that it is about, and those of its ticks from there on.
 
 With ``buffer=K`` (FedBuff, Nguyen et al. 2022) pushes are kept, and K of them make one update; fewer at the end of a pass.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paceline.exchange.server_desk import Desk, Worker, real
+from paceline.exchange.server_desk import Desk, Worker, is_empty, real
 from paceline.exchange.server_pool import Pass
 from paceline.exchange.server_protocol import Ask, Grant, Part, Step
 
@@ -36,11 +36,15 @@ class Asynchronous:
     # -- pieces
     def choose(self, worker: Worker, ask: Ask) -> Grant | None:
         """The lowest batch that has come back, or else the next one."""
+        mine = self.desk.again(worker, ask)
+        if mine is not None:
+            return mine
         place = self._place(ask)
         if place is None:
             return None
         self._enter(worker)
-        self.desk.refresh(worker)
+        if not ask.ahead:
+            self.desk.refresh(worker)
         return self.desk.lend(worker, place[0].start(place[1], 1), 0)
 
     def _place(self, ask: Ask) -> tuple[Pass, int] | None:
@@ -56,7 +60,7 @@ class Asynchronous:
         """Apply or keep it; the answer follows when the worker may go on."""
         desk, covers = self.desk, real(step)
         self._enter(worker)
-        if not all(desk.pool.holds(worker.name, piece) for piece in covers) or (step.covers and not covers):
+        if not all(desk.pool.holds(worker.name, piece) for piece in covers) or is_empty(worker, step):
             desk.drop(worker, step)
             worker.clock = desk.latest()
             desk.go(worker)
@@ -74,6 +78,10 @@ class Asynchronous:
         self.buffer.append(part)
         if len(self.buffer) >= desk.rule.buffer:
             self.flush()
+
+    def needs_another(self, worker: Worker, ask: Ask) -> bool:
+        """Each batch is for itself."""
+        return False
 
     def flush(self) -> bool:
         """Apply what is kept. The age of a push is what it is now."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from paceline.exchange.server_pool import Batch, Pool
@@ -36,8 +36,12 @@ class Worker:
         seq: Its last step; `answer` is what was said to it.
         ask, step, meet: What it waits for an answer to.
         turn: Order in which those who wait have asked.
+        filled: It was given fillers since its last step.
         loaders: Loaders that it has asked for.
         redo: Version of the open update for which it goes round once more.
+        vain: Steps without rows that it has taken one after the other.
+        past: Loader -> pass that it has come to the end of.
+        aside: What it had looked ahead when its step was not applied, see ``server_protocol``.
     """
 
     name: str
@@ -50,8 +54,12 @@ class Worker:
     step: Step | None = None
     meet: Meet | None = None
     turn: int = 0
+    filled: bool = False
     loaders: tuple[int, ...] = ()
     redo: int = -1
+    vain: int = 0
+    past: dict[int, int] = field(default_factory=dict)
+    aside: tuple[Piece, ...] = ()
 
     @property
     def waiting(self) -> bool:
@@ -82,6 +90,10 @@ class Desk:
         """Pieces that are out with it."""
         return self.pool.held.get(worker.name, [])
 
+    def begun(self, worker: Worker) -> list[Piece]:
+        """Pieces that it has computed on, or will before its next step."""
+        return [piece for piece in self.holding(worker) if piece not in worker.aside]
+
     def latest(self) -> int:
         """The highest clock of all who live."""
         return max((w.clock for w in self.workers.values()), default=0)
@@ -101,6 +113,7 @@ class Desk:
     def go(self, worker: Worker, *, applied: bool = False, tau: int = 0, kept: bool = False) -> None:
         """Answer its step, with parameters of the newest version."""
         worker.step, worker.read = None, self.version
+        worker.aside = () if applied or kept else tuple(sorted(self.holding(worker)))
         clock = self.version if self.rule.synchronous else worker.clock
         worker.answer = Go(worker.name, worker.seq, self.version, clock, applied, tau, kept)
         self.out.append(worker.answer)
@@ -115,6 +128,14 @@ class Desk:
     def lend(self, worker: Worker, batch: Batch, part: int) -> Grant:
         """Give it a piece."""
         return Grant(worker.name, self.pool.lend(worker.name, batch, part, self.now))
+
+    def again(self, worker: Worker, ask: Ask, wanted: Callable[[Piece], bool] = lambda piece: True) -> Grant | None:
+        """One of the pieces that it has put aside, if it asks for them now."""
+        aside = [p for p in worker.aside if p.loader == ask.loader and self.pool.holds(worker.name, p) and wanted(p)]
+        if ask.ahead or not aside:
+            return None
+        worker.aside = tuple(p for p in worker.aside if p != aside[0])
+        return Grant(worker.name, aside[0])
 
     def drop(self, worker: Worker, step: Step) -> None:
         """Do without a push; pieces that it covers come back."""
@@ -147,6 +168,8 @@ class Desk:
 class Discipline(Protocol):
     """What makes the difference between servers."""
 
+    def __init__(self, desk: Desk) -> None: ...
+
     def choose(self, worker: Worker, ask: Ask) -> Grant | None:
         """The piece for an Ask. None: there is none for it now."""
 
@@ -159,8 +182,16 @@ class Discipline(Protocol):
     def advance(self) -> bool:
         """Do what has become possible, one thing. False: there is nothing."""
 
+    def needs_another(self, worker: Worker, ask: Ask) -> bool:
+        """Whether a worker for which nothing is left of this loader is needed for another."""
+
     def flush(self) -> bool:
         """Apply what is kept for later. False: there is nothing."""
+
+
+def is_empty(worker: Worker, step: Step) -> bool:
+    """Whether a step is of fillers only, which its worker may name or not."""
+    return not real(step) and (bool(step.covers) or worker.filled)
 
 
 def real(step: Step) -> tuple[Piece, ...]:
@@ -170,4 +201,5 @@ def real(step: Step) -> tuple[Piece, ...]:
 
 def filler(worker: Worker, ask: Ask) -> Grant:
     """Something to compute that counts nothing."""
+    worker.filled = True
     return Grant(worker.name, Piece(ask.loader, ask.epoch, 0, 0, 0))

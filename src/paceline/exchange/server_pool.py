@@ -19,7 +19,6 @@ class Batch:
     Attributes:
         holders: For each part, who holds it, and since when.
         delivered: For each part, whether its gradient is there.
-        orphans: Free parts that somebody had.
         lost: Somebody left the run with a part of it.
     """
 
@@ -27,7 +26,6 @@ class Batch:
         self.loader, self.epoch, self.number, self.parts = loader, epoch, number, parts
         self.holders: list[dict[str, float]] = [{} for _ in range(parts)]
         self.delivered = [False] * parts
-        self.orphans: set[int] = set()
         self.lost = lost
 
     @property
@@ -43,6 +41,10 @@ class Batch:
     def piece(self, part: int) -> Piece:
         """The name of a part."""
         return Piece(self.loader, self.epoch, self.number, part, self.parts)
+
+    def has(self, piece: Piece) -> bool:
+        """Whether the piece is a part of it."""
+        return (piece.loader, piece.epoch, piece.batch) == (self.loader, self.epoch, self.number)
 
     def free(self) -> list[int]:
         """Parts that nobody holds and nobody has delivered."""
@@ -114,6 +116,17 @@ class Pool:
         ]
         return sorted(known, key=lambda p: p.epoch)
 
+    def pending(self, loader: int, epoch: int) -> Iterator[tuple[Pass, int]]:
+        """Batches of those passes that were opened and are not applied, in order."""
+        for course in self.until(loader, epoch):
+            for number in sorted(course.open.keys() | course.returned.keys()):
+                yield course, number
+
+    def is_behind(self, course: Pass) -> bool:
+        """Whether a later pass over the same loader has begun."""
+        later = (p for p in self.passes.values() if p.loader == course.loader and p.epoch > course.epoch)
+        return any(p.opened or p.closed for p in later)
+
     def open_batches(self) -> Iterator[Batch]:
         """Every open batch, in order."""
         for _, course in sorted(self.passes.items()):
@@ -134,7 +147,6 @@ class Pool:
         """Give a part out. The same part may be out with several workers."""
         piece = batch.piece(part)
         batch.holders[part][worker] = now
-        batch.orphans.discard(part)
         self.held.setdefault(worker, []).append(piece)
         return piece
 
@@ -145,8 +157,6 @@ class Pool:
         assert batch is not None, "what is held is open"
         del batch.holders[piece.part][worker]
         batch.lost |= lost
-        if not batch.holders[piece.part]:
-            batch.orphans.add(piece.part)
         if not batch.covered and not any(batch.holders):
             course = self.course(batch.loader, batch.epoch)
             del course.open[batch.number]
@@ -189,6 +199,10 @@ class Pool:
         for course in done:
             course.closed = True
         return done
+
+    def out(self, course: Pass) -> set[str]:
+        """Who holds pieces of a pass."""
+        return {worker for batch in course.open.values() for holders in batch.holders for worker in holders}
 
     def state(self) -> list[dict[str, Any]]:
         """As JSON. What is out, or delivered and not applied, counts as not done."""

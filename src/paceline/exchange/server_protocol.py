@@ -6,8 +6,11 @@ A worker's life, as the core sees it:
 2. **Ask** for a piece of a batch. Answered by one ``Grant``, at once or later. No piece: there is none now. After an answer to
    an Ask with ``ahead`` the worker asks once more when it holds nothing; after any other the pass is over for it.
 3. A piece beyond the end of the pass: **Over**, which has no answer; the worker asks again.
-4. **Step**: a gradient was pushed. Answered by one ``Go``, at once or later. Not applied: the loop goes round once more.
-5. **Meet** all other workers. Answered by ``Met``. **Leave** has no answer.
+4. **Step**: a gradient was pushed. Answered by one ``Go``, at once or later. Neither applied nor kept: the loop goes round once
+   more, and up to its next Step the worker asks for each batch, though it may have looked some ahead. These it leaves aside: it
+   still holds them, and it is granted them again where they are due. (Or it gives them back: **Skip**.)
+5. **Meet** all other workers. Answered by ``Met``. Who joins must come to the same meetings as all others. **Leave** has no
+   answer.
 
 A ``Go`` of a seq that has been answered is a *refresh*: it comes before a ``Grant`` or a ``Met`` where the parameters that the
 worker has are too old to begin with, and never while it holds pieces.
@@ -74,7 +77,7 @@ class Step:
     Attributes:
         seq: Counts the worker's steps, from 1. The same one again is answered again.
         weight: How many loss terms its gradient is a mean over.
-        covers: The pieces that it is of; none where the script has no adopted loader.
+        covers: The pieces that it is of, with or without fillers; none where the script has no adopted loader.
         finite: Whether all its elements are.
     """
 

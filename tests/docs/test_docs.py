@@ -131,4 +131,4 @@ def test_explain_without_a_code_lists_all(capsys: pytest.CaptureFixture[str]) ->
 def test_make_help_lists_its_targets() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     listed = set(re.findall(r"make (\w+)  ", shown))
-    assert listed == {"demo", "test", "smoke", "bench", "lint", "clean"}
+    assert listed == {"demo", "test", "soak", "smoke", "bench", "lint", "clean"}

@@ -47,6 +47,10 @@ class Leased(Protocol):
 class Leases(Protocol):
     """Who gives them out."""
 
+    @property
+    def free(self) -> bool:
+        """What was taken ahead may be trained at any time: no other worker waits for it, and none for this one."""
+
     def ask(self, loader: int, epoch: int, ahead: bool = False) -> Leased | None:
         """The next piece of a pass, or None at its end. Waits, but not when looking `ahead`."""
 
@@ -176,7 +180,11 @@ class Order:
 
 
 class LeasedPass(Iterator[Any]):
-    """One pass over a leased loader. Loader workers, where there are some, read ahead of the loop."""
+    """One pass over a leased loader.
+
+    Loader workers, where there are some, read ahead of the loop; not in synchronous runs, where a worker must be free to take what
+    another one has left undone.
+    """
 
     def __init__(
         self,
@@ -192,7 +200,7 @@ class LeasedPass(Iterator[Any]):
         self._ahead: deque[tuple[Leased, Slice]] = deque()
         self._load = reader(loader)
         self._queue: Iterator[Any] | None = None
-        if loader.num_workers:
+        if loader.num_workers and leases.free:
             self._queue = iter(reader(loader, self._look_ahead()))
 
     def __next__(self) -> Any:

@@ -71,9 +71,9 @@ def ps(
 
 
 def hogwild() -> Exchange:
-    """Processes of one host step on one copy of the parameters, without locks (Niu et al., NIPS 2011).
+    """Processes of one host step on one copy of the parameters, without locks.
 
-    Each worker leases batches, and its own optimizer writes into parameters that all share; what two write at once may be lost
+    (Niu et al., NIPS 2011.) Each worker leases batches, and its own optimizer writes into parameters that all share; what two write at once may be lost
     in part. It wins where updates touch few parameters (sparse models), and by needing nothing but memory; it loses accuracy where
     all workers move all parameters, and works on one host only. A worker that dies may leave a step half written; its batch is
     leased again.
@@ -91,7 +91,7 @@ def async_diloco(
     staleness: float = math.inf,
     servers: int = 1,
 ) -> Exchange:
-    """Asynchronous DiLoCo: workers step by themselves, and a server takes in how far each has come, as it comes.
+    """Asynchronous DiLoCo: a server takes in how far each worker has come, as it comes.
 
     (Liu et al. 2024, arXiv 2401.09135.) The server's momentum is moved once in `delay` arrivals, because moved at each it diverges.
     It wins over slow or uneven links and with workers of unequal speed: bytes fall by `every`, and nobody waits. It loses samples:
@@ -126,9 +126,9 @@ def async_diloco(
 
 
 def async_easgd(every: int = 10, *, beta: float = 0.9, servers: int = 1) -> Exchange:
-    """Asynchronous elastic averaging: each worker and a centre pull each other now and then (Zhang et al., NIPS 2015).
+    """Asynchronous elastic averaging: each worker and a centre pull each other now and then.
 
-    Workers explore by themselves and are held together by an elastic force; the centre is what is evaluated and exported. It wins
+    (Zhang et al., NIPS 2015.) Workers explore by themselves and are held together by an elastic force; the centre is what is evaluated and exported. It wins
     where exploring helps and links are slow; it loses where `every` or the number of workers is so large that the centre hardly moves.
 
     Args:

@@ -227,6 +227,7 @@ class Lead:
             self._members.remove(name)
             self._group += 1
         self._take(Leave(name))
+        self.admit()
 
     def _join(self, name: str) -> None:
         self._members.append(name)

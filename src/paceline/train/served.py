@@ -157,6 +157,11 @@ class Served:
             raise Aborted("PL404", f"the run was ended while {self._place.name} waited for a server")
 
     # ---- batches --------------------------------------------------------------------------------------------------
+    @property
+    def free(self) -> bool:
+        """See ``data.leased.Leases``."""
+        return not self._asked().rule.synchronous
+
     def ask(self, loader: int, epoch: int, ahead: bool = False) -> Piece | None:
         """See ``data.leased.Leases``."""
         meta = {"loader": loader, "epoch": epoch, "ahead": ahead, "round": self._loop.epoch}

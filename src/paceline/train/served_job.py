@@ -130,7 +130,7 @@ class ServedJob(Job):
         if first:
             data = {"strategy": exchange.text, "wire": "servers", "describe": exchange.describe()}
             self._sink(Event("adopt", 0, data))
-        refuse(self._scalers, self._schedulers, self._optimizers, own_steps=self._asked().own_steps)
+        refuse(self._scalers, self._schedulers, self._optimizers, self._asked())
         for optimizer in given.optimizers:
             optimizer.register_step_pre_hook(self._before_first_step)
             if not self.serves:

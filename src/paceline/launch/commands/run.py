@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = "ddp()"
 
+_SERVERS_SAVE = "every=30s"
 _SHARED = "params=shared"
 
 
@@ -133,6 +134,8 @@ def resolve(args: argparse.Namespace) -> Resolved:
         plan = replace(plan, strategy=check(plan.strategy))
         if strategy_servers(plan.strategy) and not plan.elastic:  # servers bear the loss of a worker in any case
             plan = replace(plan, workers_min=plan.processes, workers_max=plan.processes)
+        if strategy_servers(plan.strategy) and not plan.checkpoint:  # what a server keeps must be somewhere else too
+            plan = replace(plan, checkpoint=_SERVERS_SAVE)
         args.threads = threads(plan.strategy) or args.threads
     overrides = dict(plan.settings) | _assignments(args.set)
     if args.threads is not None:

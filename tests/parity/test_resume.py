@@ -84,6 +84,7 @@ def test_any_step_will_do(step: int, expected: dict[str, torch.Tensor], tmp_path
     assert newest.stdout == run_paceline("hash", run, cwd=tmp_path).stdout
 
 
+@pytest.mark.long
 def test_the_end_can_be_resumed_too(expected: dict[str, torch.Tensor], tmp_path: Path) -> None:
     run = tmp_path / "run"
     for resumed in (False, True):
@@ -107,6 +108,7 @@ def test_where_the_optimizers_step_is_divided(flags: tuple[str, ...], tmp_path: 
     _compare(want, tmp_path)
 
 
+@pytest.mark.long
 def test_with_accumulation(tmp_path: Path) -> None:
     script = ("--accumulate", "2")
     plain = tmp_path / "plain"

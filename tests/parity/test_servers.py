@@ -64,8 +64,12 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
         ("ps()", ("--accumulate", "3")),
         ("ps(servers=2)", ("--optimizer", "sgd", "--evaluate")),
         ("ps(servers=2, backup=1)", ("--by-hand",)),
-        ("ps(where=host)", ("--evaluate",)),
-        *more(("ps()", ("--workers", "2")), ("ps(backup=2)", ("--accumulate", "2")), ("ps(servers=3)", ("--by-hand",))),
+        *more(
+            ("ps(where=host)", ("--evaluate",)),
+            ("ps()", ("--workers", "2")),
+            ("ps(backup=2)", ("--accumulate", "2")),
+            ("ps(servers=3)", ("--by-hand",)),
+        ),
     ],
 )
 def test_synchronous_servers_do_what_one_process_does(
@@ -80,7 +84,7 @@ def test_synchronous_servers_do_what_one_process_does(
     ("strategy", "arguments"),
     [
         ("ps(staleness=inf, late=dc(0.04))", ("--evaluate", "--workers", "2")),
-        ("ps(servers=2, staleness=2, late=damp(inverse))", ("--accumulate", "2")),
+        *more(("ps(servers=2, staleness=2, late=damp(inverse))", ("--accumulate", "2"))),
         ("hogwild()", ()),
         *more(("ps()", ()), ("ps(staleness=1, late=dc(memory=0.95))", ()), ("ps(staleness=inf, late=damp(hinge))", ())),
     ],
@@ -149,11 +153,11 @@ def test_what_all_evaluate_is_one_model(tmp_path: Path) -> None:
     ("case", "strategy", "code", "words"),
     [
         ("in the script", "ddp()", "PL209", "0 servers were started"),
-        ("schedule", "ps(staleness=inf)", "PL463", "schedule that was not adopted"),
         ("stream", "ps()", "PL305", "can only be walked"),
         ("nan", "ps()", "PL409", "weight is not finite"),
-        ("models differ", "ps()", "PL303", "other models"),
         *more(
+            ("schedule", "ps(staleness=inf)", "PL463", "schedule that was not adopted"),
+            ("models differ", "ps()", "PL303", "other models"),
             ("scaler", "ps()", "PL463", "GradScaler"),
             ("two optimizers", "hogwild()", "PL463", "several optimizers"),
             ("closure", "ps()", "PL302", "closure"),

@@ -19,6 +19,7 @@ from support.breadth import more
 from support.cli import CLI, dump_and_kill, run_paceline, run_python, show
 
 CASE = Path(__file__).with_name("server_case.py")
+SPARSE = Path(__file__).with_name("sparse_case.py")
 MISTAKES = Path(__file__).with_name("server_mistakes.py")
 ABSOLUTE = 1e-9  # float64; parts of a batch are added in another order than one process adds its rows
 
@@ -93,6 +94,17 @@ def test_one_worker_of_anything_is_the_plain_loop(strategy: str, arguments: tupl
     want = plain(tmp_path, *arguments)
     got, _, _ = served(tmp_path, strategy, 1, *arguments)
     assert furthest(want, got) == 0.0
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", *more("sgd")])
+def test_rows_of_a_sparse_gradient_are_those_of_the_dense_one(optimizer: str, tmp_path: Path) -> None:
+    """Pushed and pulled by row, over three workers and two servers."""
+    done = run_python(SPARSE, "dense", optimizer, tmp_path / "plain.pt", cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, show(done)
+    flags = ("-n", "3", "--strategy", "ps(servers=2)", "--run-dir", tmp_path / "run")
+    done = run_paceline("run", SPARSE, *flags, "--", "sparse", optimizer, tmp_path / "out.pt", cwd=tmp_path, timeout=90)
+    assert done.returncode == 0, show(done)
+    assert furthest(torch.load(tmp_path / "plain.pt"), torch.load(tmp_path / "out.pt")) <= ABSOLUTE
 
 
 def test_one_worker_whose_drift_is_taken_whole_is_the_plain_loop(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,25 @@ from paceline.terms.errors import AdoptError
 from paceline.train.adopt import describe
 from paceline.train.divided import ELEMENTWISE
 from paceline.train.memory import Memory, items
+from paceline.train.rows import Rows, put_rows, sparse_parameters
 from paceline.train.shards import Layout, lay_out
 from paceline.train.state import neutral
 from paceline.train.tree import names_of
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What was put into memory for a push.
+
+    Attributes:
+        absent: Numbers of parameters without a gradient.
+        wrong: Name of the first one that is not finite, or nothing.
+        sparse: For each sparse gradient the numbers of its rows.
+    """
+
+    absent: list[int]
+    wrong: str
+    sparse: Rows
 
 
 class Kept:
@@ -55,7 +72,7 @@ class Kept:
         self._check(named)
         self.buffers = _buffers(models)
         split = all(type(o) in ELEMENTWISE for o in optimizers)
-        self.layout: Layout = lay_out(items(named), servers, split=split)
+        self.layout: Layout = lay_out(items(named, sparse_parameters(models)), servers, split=split)
         self.buffer_layout: Layout = lay_out(items(self.buffers), 1, split=False)
 
     def _check(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -78,9 +95,10 @@ class Kept:
             for p, flat in zip(self.params, memory.params, strict=True):
                 p.data = flat.view(p.shape)
 
-    def fill(self, memory: Memory, optimizer: Optimizer) -> tuple[list[int], str]:
-        """Put the gradients of an optimizer there, and the buffers. Which have none, and the first that is not finite."""
+    def fill(self, memory: Memory, optimizer: Optimizer) -> Filled:
+        """Put the gradients of an optimizer there, and the buffers."""
         absent, wrong = [], ""
+        sparse: dict[int, Tensor] = {}
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for p in group["params"]:
@@ -90,13 +108,16 @@ class Kept:
                     if p.grad is None:
                         absent.append(number)
                         continue
-                    grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                    flat = memory.grads[number]
-                    flat.view(p.shape).copy_(grad)
-                    if not wrong and not torch.isfinite(flat.sum()):
+                    flat, finite = memory.grads[number], True
+                    if p.grad.is_sparse and self.layout.items[number].rows:
+                        sparse[number], finite = put_rows(p.grad, flat)
+                    else:
+                        flat.view(p.shape).copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
+                        finite = bool(torch.isfinite(flat.sum()))
+                    if not wrong and not finite:
                         wrong = self.layout.items[number].name
         self.fill_buffers(memory)
-        return absent, wrong
+        return Filled(absent, wrong, sparse)
 
     def fill_buffers(self, memory: Memory) -> None:
         """Put the buffers there."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
@@ -87,9 +87,12 @@ def views(raw: Tensor, layout: Layout) -> list[Tensor]:
     return found
 
 
-def items(named: Sequence[tuple[str, Tensor]]) -> list[Item]:
-    """What the layout needs to know of these tensors."""
-    return [Item(name, t.numel(), t.element_size(), str(t.dtype).removeprefix("torch.")) for name, t in named]
+def items(named: Sequence[tuple[str, Tensor]], sparse: Container[Tensor] = ()) -> list[Item]:
+    """What the layout needs to know of these tensors; the gradients of some are sparse."""
+    return [
+        Item(name, t.numel(), t.element_size(), str(t.dtype).removeprefix("torch."), len(t) if t in sparse else 0)
+        for name, t in named
+    ]
 
 
 def _commit(fd: int, nbytes: int) -> None:

@@ -26,6 +26,7 @@ from paceline.train.keeping import Kept
 from paceline.train.lead import Lead
 from paceline.train.memory import Memory
 from paceline.train.reach import reach
+from paceline.train.rows import heard
 from paceline.train.served_state import PieceState, flatten, unflatten
 from paceline.train.shard import Guest, Part, Shard
 from paceline.train.talk import CAPS, Say
@@ -164,7 +165,12 @@ class Server:
         """Where a push from another host goes."""
         if guest.memory.shared:
             return None
-        return lambda kind, meta, lengths: self._kept.pushed(guest.memory, self._index)
+
+        def place(kind: int, meta: Any, lengths: Sequence[int]) -> list[memoryview]:
+            pushed = self._kept.pushed(guest.memory, self._index)
+            return [*pushed, *(memoryview(bytearray(n)) for n in lengths[len(pushed) :])]
+
+        return place
 
     # ---- what comes -------------------------------------------------------------------------------------------------
     def _hear(self, link: int, connection: Connection, guest: Guest | None, frame: Frame) -> None:
@@ -184,7 +190,10 @@ class Server:
             case Say.STEP:
                 if not 0 <= int(meta["optimizer"]) < len(self._kept.optimizers):
                     raise ValueError("there is no such optimizer")
-                return partial(self._pushed, guest, int(meta["seq"]), meta)
+                behind = frame.buffers[
+                    len(self._kept.pushed(guest.memory, self._index)) if not guest.memory.shared else 0 :
+                ]
+                return partial(self._pushed, guest, int(meta["seq"]), {**meta, "sparse": heard(meta["sparse"], behind)})
             case Say.SCHEDULE:
                 number, args = int(meta["schedule"]), [float(value) for value in meta["args"]]
                 if not 0 <= number < len(self._kept.schedulers):

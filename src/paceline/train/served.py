@@ -29,10 +29,11 @@ from paceline.terms.activity import Activity, Phase
 from paceline.terms.errors import Aborted, PacelineError, PeerLost, StepError
 from paceline.terms.plan import Place
 from paceline.train.alone import Alone
-from paceline.train.keeping import Kept, hypers, set_hypers
+from paceline.train.keeping import Filled, Kept, hypers, set_hypers
 from paceline.train.loop import Loop
 from paceline.train.memory import Memory
 from paceline.train.reach import reach, refused
+from paceline.train.rows import told
 from paceline.train.talk import Say
 
 T = TypeVar("T")
@@ -273,14 +274,15 @@ class Served:
         assert self._kept is not None
         assert self._memory is not None
         number = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
-        absent, wrong = self._filled(optimizer)
-        if wrong:
+        filled = self._filled(optimizer)
+        if filled.wrong:
             raise StepError(
-                "PL409", f"{self._place.name}, update {self.version + 1}: the gradient of {wrong} is not finite"
+                "PL409", f"{self._place.name}, update {self.version + 1}: the gradient of {filled.wrong} is not finite"
             )
         self._seq += 1
         held, self._held = self._held, []
         weight, summed = self._loop.spend([rows for _, rows in held])
+        sparse, rows = told(filled.sparse)
         message: dict[str, Any] = {
             "seq": self._seq,
             "optimizer": number,
@@ -288,7 +290,8 @@ class Served:
             "sum": summed or self._summed,
             "finite": True,
             "steps": self._alone.steps if self._alone is not None else 0,
-            "absent": absent,
+            "absent": filled.absent,
+            "sparse": sparse,
             "covers": [[p.loader, p.epoch, p.batch, p.part, p.parts] for p, _ in held if p.parts],
             "rows": [[r.loader, r.epoch, r.start, r.rows, r.start + r.local_start, r.local_rows] for _, r in held],
         }
@@ -301,20 +304,20 @@ class Served:
             for server, connection in reversed(
                 list(enumerate(self._servers))
             ):  # the lead last: then the others have it
-                self._send(connection, Say.STEP, message, self._kept.pushed(self._memory, server))
+                self._send(connection, Say.STEP, message, [*self._kept.pushed(self._memory, server), *rows])
             self._arrived(self._hear(self._lead, Say.GO), seq)
         except PeerLost:  # this gradient is lost; its batch is leased again
             self._reconnect()
 
-    def _filled(self, optimizer: Optimizer) -> tuple[list[int], str]:
-        """Put there what is pushed. Which parameters have none, and the name of the first that is not finite."""
+    def _filled(self, optimizer: Optimizer) -> Filled:
+        """Put there what is pushed."""
         assert self._kept is not None
         assert self._memory is not None
         if self._alone is None:
             return self._kept.fill(self._memory, optimizer)
         wrong = self._alone.fill(self._memory)
         self._kept.fill_buffers(self._memory)
-        return [], self._kept.layout.items[int(wrong)].name if wrong else ""
+        return Filled([], self._kept.layout.items[int(wrong)].name if wrong else "", {})
 
     def _arrived(self, frame: Frame, seq: int) -> None:
         """The lead's parameters are there; wait for those of the others."""

@@ -20,12 +20,14 @@ PieceState = dict[str, Any]
 """One piece: optimizer, item, start, stop; and the optimizer's state, tensors and numbers by key."""
 
 
-def pieces_of(number: int, optimizer: Optimizer, pieces: Sequence[tuple[int, int, int, Tensor]]) -> list[PieceState]:
-    """The state of one optimizer for the pieces (item, start, stop, parameter) that this server has."""
+def pieces_of(
+    number: int, optimizer: Optimizer, pieces: Sequence[tuple[int, int, int, Tensor, Mapping[str, Any]]]
+) -> list[PieceState]:
+    """The state of one optimizer for the pieces (item, start, stop, parameter, what else there is) that this server has."""
     found = []
-    for item, start, stop, param in pieces:
+    for item, start, stop, param, more in pieces:
         state = optimizer.state.get(param, {})
-        found.append({"optimizer": number, "item": item, "start": start, "stop": stop, "state": dict(state)})
+        found.append({"optimizer": number, "item": item, "start": start, "stop": stop, "state": {**state, **more}})
     return found
 
 

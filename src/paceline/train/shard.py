@@ -21,9 +21,11 @@ from paceline.exchange.service import Service
 from paceline.group.secure import Connection
 from paceline.train.keeping import Kept, hypers, set_hypers
 from paceline.train.memory import Memory, views
+from paceline.train.rows import Touched, dense_rows, sparse_sum
 from paceline.train.served_state import PieceState, cut_state, pieces_of
 
 _OCCASIONS = 256  # of a schedule that are remembered
+_SQUARE = "delay_square"
 _EPSILON = 1e-7  # of the paper
 
 
@@ -35,6 +37,7 @@ class Guest:
         memory: Its memory, or what has come of it.
         pushes: Messages of pushes that were not dealt with, by sequence number.
         told: The settings of optimizers that it knows, see ``Shard.stamp``.
+        seen: Version of the rows that it was given last.
         gone: Its connection has ended.
     """
 
@@ -43,6 +46,7 @@ class Guest:
     memory: Memory
     pushes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     told: int = 0
+    seen: int = -1
     gone: bool = False
 
 
@@ -95,7 +99,10 @@ class Shard:
             for p, flat in zip(kept.params, self.memory.params, strict=True):
                 flat.view(p.shape).copy_(p)
         kept.move_into(self.memory)
-        self._runs = kept.layout.runs(index)
+        self._touched = Touched(
+            {s.item: kept.layout.items[s.item].rows for s in kept.layout.of(index) if kept.layout.items[s.item].rows}
+        )
+        self._runs = kept.layout.runs(index, without=self._touched.versions)
         self._aside: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
         self.scheduled: dict[str, list[str]] = {}
         self.groups = [
@@ -120,6 +127,7 @@ class Shard:
                     if p in optimizer.state and not whole:  # of a checkpoint
                         optimizer.state[part] = cut_state(optimizer.state[p], start, stop, p.numel())
                     pieces.append(_Piece(item if item is not None else -1, start, stop, part))
+                    pieces[-1].square = _taken(optimizer.state, part)
             group["params"] = [piece.param for piece in pieces]
             found += pieces
         mine_now = {piece.param for piece in found}
@@ -133,7 +141,7 @@ class Shard:
             state
             for number, optimizer in enumerate(self.kept.optimizers)
             for state in pieces_of(
-                number, optimizer, [(p.item, p.start, p.stop, p.param) for p in self._pieces[number]]
+                number, optimizer, [(p.item, p.start, p.stop, p.param, _own(p)) for p in self._pieces[number]]
             )
         ]
 
@@ -188,6 +196,7 @@ class Shard:
         for piece in self._pieces[number]:
             there = [i for i in range(len(parts)) if piece.item not in absent[i]]
             piece.param.grad = self._gradient(piece, [(parts[i], scales[i]) for i in there]) if there else None
+            self._touched.note(piece.item, piece.param.grad, self.version)
         self.kept.optimizers[number].step()
         for piece in self._pieces[number]:
             piece.param.grad = None
@@ -216,6 +225,10 @@ class Shard:
 
     def _gradient(self, piece: _Piece, parts: Sequence[tuple[Part, float]]) -> Tensor:
         """The weighted sum, in the order given; one part that counts whole is used where it lies."""
+        rows = [part.message["sparse"].get(piece.item) for part, _ in parts]
+        if self._delay is None and all(r is not None for r in rows):
+            found = [(r, piece.of(p.grads[piece.item]), scale) for r, (p, scale) in zip(rows, parts, strict=True)]
+            return sparse_sum(piece.param.shape, found)
         (first, scale), *others = parts
         total = self._corrected(piece, first)
         if scale != 1.0 or others:
@@ -226,6 +239,8 @@ class Shard:
 
     def _corrected(self, piece: _Piece, part: Part) -> Tensor:
         gradient = piece.of(part.grads[piece.item])
+        if piece.item in part.message["sparse"]:
+            gradient = dense_rows(gradient.shape, part.message["sparse"][piece.item], gradient)
         if self._delay is None or not part.read:
             return gradient
         moved = piece.param.detach() - piece.of(part.read[piece.item])
@@ -287,9 +302,35 @@ class Shard:
         if guest.memory.shared:
             for begin, end in self._runs:
                 guest.memory.raw_params[begin:end].copy_(self.memory.raw_params[begin:end])
+            self._put_rows(guest)
             if self.index == 0:
                 guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
             return []
-        for begin, end in self._runs:  # what was read, for the correction
+        for begin, end in self.kept.layout.runs(self.index):  # what was read, for the correction
             guest.memory.raw_params[begin:end].copy_(self.memory.raw_params[begin:end])
         return self.kept.answered(guest.memory, self.index)
+
+    def _put_rows(self, guest: Guest) -> None:
+        """Of parameters whose gradients are sparse, the rows that have changed since this worker was answered last."""
+        for item in self._touched.versions:
+            shape = self.kept.params[item].shape
+            own, theirs = self.memory.params[item].view(shape), guest.memory.params[item].view(shape)
+            if guest.seen < 0:
+                theirs.copy_(own)
+                continue
+            rows = self._touched.since(item, guest.seen)
+            theirs.index_copy_(0, rows, own[rows])
+        guest.seen = self.version
+
+
+def _own(piece: _Piece) -> dict[str, Tensor]:
+    """What is remembered of a piece beside the optimizer's state."""
+    return {} if piece.square is None else {_SQUARE: piece.square}
+
+
+def _taken(state: Any, param: Tensor) -> Tensor | None:
+    """The same out of a checkpoint, where it is among the optimizer's state; an optimizer must not see it."""
+    square: Tensor | None = state.get(param, {}).pop(_SQUARE, None)
+    if param in state and not state[param]:
+        del state[param]
+    return square

@@ -6,7 +6,7 @@ whole and in place, so that the model lives in it; a *run* is a stretch of it th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 LINE = 64
@@ -25,12 +25,14 @@ class Item:
         numel: Elements.
         itemsize: Bytes of each.
         dtype: Its name, as in ``torch.<dtype>``.
+        rows: Of a parameter whose gradients are sparse; then it is never divided. 0 for all others.
     """
 
     name: str
     numel: int
     itemsize: int
     dtype: str
+    rows: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -73,10 +75,16 @@ class Layout:
         """What one server keeps."""
         return [s for s in self.stretches if s.server == server]
 
-    def runs(self, server: int) -> list[tuple[int, int]]:
-        """The same as byte ranges ``(begin, end)`` of the memory, neighbours joined (with the gap of alignment between them)."""
+    def runs(self, server: int, without: Container[int] = ()) -> list[tuple[int, int]]:
+        """The same as byte ranges ``(begin, end)`` of the memory, neighbours joined (with the gap of alignment between them).
+
+        Args:
+            without: Numbers of items to be left out.
+        """
         found: list[tuple[int, int]] = []
         for stretch in self.of(server):
+            if stretch.item in without:
+                continue
             item = self.items[stretch.item]
             begin = self.offsets[stretch.item] + stretch.start * item.itemsize
             end = begin + stretch.numel * item.itemsize
@@ -102,7 +110,11 @@ def lay_out(items: Sequence[Item], servers: int, *, split: bool) -> Layout:
         offsets.append(at)
         at += -(-item.nbytes // LINE) * LINE
     part = max(1, sum(item.nbytes for item in items) // servers)
-    cuts = [cut for number, item in enumerate(items) for cut in _cuts(number, item, part, split=split and servers > 1)]
+    cuts = [
+        cut
+        for number, item in enumerate(items)
+        for cut in _cuts(number, item, part, split=split and servers > 1 and not item.rows)
+    ]
     load = [0] * servers
     owner: dict[tuple[int, int], int] = {}
     for number, start, stop in sorted(cuts, key=lambda cut: (-(cut[2] - cut[1]) * items[cut[0]].itemsize, cut)):

@@ -61,9 +61,9 @@ class Coordination:
     def __init__(self, plan: Plan, listen: str, run: RunDirectory, members: Mapping[str, str]) -> None:
         self._plan, self._run, self._members = plan, run, members
         self._job = secrets.token_hex(16)
-        host, port = _host_and_port(listen)
-        self.address = _free_address(host, port + 1 if port else 0)
-        self._doors = [_free_address("", 0), *([_free_address(host, port)] if host else [])]
+        host, port = host_and_port(listen)
+        self.address = free_address(host, port + 1 if port else 0)
+        self._doors = [free_address("", 0), *([free_address(host, port)] if host else [])]
         self.child: Child | None = None
         self._pause, self._start_at, self._began = 0.0, 0.0, 0.0
         self._failures = 0
@@ -107,6 +107,10 @@ class Coordination:
         for address in self._control.addresses[1:]:
             command = f"paceline join {self._plan.script} --address {address} --secret-file FILE -n N"
             say([f"others join with `{command}`; FILE is a copy of {self._run.path / 'secret'}"])
+
+    def lend(self) -> dict[str, Any]:
+        """What a launcher of another machine must know to reach those who coordinate."""
+        return {"ports": [int(self.address.rpartition(":")[2])]}
 
     def endpoints(self) -> list[tuple[str, str, str]]:
         """Name, address and purpose of every listening socket."""
@@ -220,7 +224,7 @@ class Coordination:
             self.child = None
 
 
-def _host_and_port(listen: str) -> tuple[str, int]:
+def host_and_port(listen: str) -> tuple[str, int]:
     """The two parts of ``--listen``; port 0 where none is named. Raises UsageError PL105."""
     host, colon, port = listen.rpartition(":")
     if not colon or listen.endswith("]"):
@@ -230,7 +234,7 @@ def _host_and_port(listen: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _free_address(host: str, port: int) -> str:
+def free_address(host: str, port: int) -> str:
     """An address that nobody has, so that one can say it beforehand, and take it again after a restart.
 
     Raises:

@@ -90,7 +90,7 @@ class Crew:
         self.children: dict[int, Child] = {}
         self.coordination: Coordination | Host | Servers | None = None
         self._on_page: list[Child | None] = [None] * slots(order.plan)
-        self._servers = strategy_servers(order.plan.strategy)
+        self._servers = strategy_servers(order.plan.strategy) if order.host is None else 0
         self._pages = len(self._on_page) + self._servers  # servers have theirs behind those of the workers
         self._stack = ExitStack()
         self._host = socket.gethostname()
@@ -199,7 +199,9 @@ class Crew:
         order = self._order
         coordination: Coordination | Host | Servers
         if self._servers:
-            coordination = Servers(self._servers, self._run, bool(order.plan.checkpoint), self._start_server)
+            tcp = order.plan.wire == "tcp"
+            saves = bool(order.plan.checkpoint)
+            coordination = Servers(self._servers, self._run, saves, self._start_server, order.listen, tcp)
         else:
             coordination = order.host or Coordination(order.plan, order.listen, self._run, members)
         coordination.__enter__()
@@ -307,8 +309,14 @@ class Crew:
             slots=self._pages,
             coordinator=coordination.address if coordination is not None else "",
             secret_fd=coordination.secret_fd if coordination is not None else -1,
-            servers=coordination.addresses if isinstance(coordination, Servers) else (),
+            servers=self._server_addresses(),
+            doors=coordination.doors if isinstance(coordination, Servers) else (),
         )
+
+    def _server_addresses(self) -> tuple[str, ...]:
+        if isinstance(self.coordination, Servers):
+            return self.coordination.addresses
+        return self.coordination.servers if isinstance(self.coordination, Host) else ()
 
     # -- ending
     def _end_all(self) -> None:

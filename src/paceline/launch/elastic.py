@@ -194,8 +194,8 @@ class Elastic:
         """What a launcher of another machine needs to start so many workers there."""
         self._check_room(count)
         self._say([f"{host} joins with {count} worker{'' if count == 1 else 's'}"])
-        port = self._coordination.address.rpartition(":")[2]
-        return {"first": self._muster.lend(), "port": int(port), "plan": asdict(self._plan)}
+        assert not isinstance(self._coordination, Host), "only the launcher that has begun a run is asked"
+        return {"first": self._muster.lend(), **self._coordination.lend(), "plan": asdict(self._plan)}
 
     def _add(self, count: int) -> list[str]:
         """Start so many more workers; their names."""

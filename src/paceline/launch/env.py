@@ -88,6 +88,7 @@ def _place_from_json(raw: dict[str, Any]) -> Place:
             "run_dir": run_dir,
             "hosts": tuple(raw["hosts"]),
             "servers": tuple(raw["servers"]),
+            "doors": tuple(raw["doors"]),
         }
     )
 

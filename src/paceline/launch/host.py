@@ -30,7 +30,8 @@ class Host:
     Args:
         connection: To the other launcher.
         secret: Of the run.
-        address: Of its coordinator.
+        addresses: Of its coordinator, or of its parameter servers.
+        serves: They are of servers; these need nobody to tell them who is gone.
         first: Number of the first worker here.
 
     Attributes:
@@ -39,9 +40,13 @@ class Host:
 
     child: Child | None = None
 
-    def __init__(self, connection: Connection, secret: bytes, address: str, first: int) -> None:
+    def __init__(
+        self, connection: Connection, secret: bytes, addresses: Sequence[str], first: int, *, serves: bool = False
+    ) -> None:
         self._connection, self._secret = connection, secret
-        self.address, self.first = address, first
+        self.address, self.first = "" if serves else addresses[0], first
+        self.servers = tuple(addresses) if serves else ()
+        self._line: Line | None = None
         self._ended_at: float | None = None
         self.lost = ""
 
@@ -49,8 +54,9 @@ class Host:
         with ExitStack() as stack:
             stack.callback(self._connection.close)
             self.secret_fd = memory_file(stack, "paceline-secret", self._secret)
-            self._line = Line(self.address, self._secret)
-            stack.callback(self._line.close)
+            if self.address:
+                self._line = Line(self.address, self._secret)
+                stack.callback(self._line.close)
             self._stack = stack.pop_all()
         return self
 
@@ -73,16 +79,20 @@ class Host:
 
     @property
     def status(self) -> Mapping[str, Any]:
-        return self._line.status
+        return self._line.status if self._line is not None else {}
 
     def certify(self, name: str, incarnation: str, why: str) -> None:
         """This worker has ``died`` or ``finished``."""
-        self._line.certify(name, incarnation, why)
+        if self._line is not None:
+            self._line.certify(name, incarnation, why)
 
     def tick(self, now: float) -> None:
         """Ten times a second."""
-        self._line.poll(now)
-        if self._ended_at is not None and now - max(self._ended_at, self._line.heard) > _FAREWELL:
+        heard = 0.0
+        if self._line is not None:
+            self._line.poll(now)
+            heard = self._line.heard
+        if self._ended_at is not None and now - max(self._ended_at, heard) > _FAREWELL:
             self.lost = "the launcher that has begun the run is gone"
 
     def _listen(self, selector: selectors.BaseSelector) -> None:

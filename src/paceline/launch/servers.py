@@ -18,6 +18,7 @@ from typing import Any
 
 from paceline.launch.child import Child
 from paceline.launch.control import Answer, Requests
+from paceline.launch.coordination import free_address, host_and_port
 from paceline.launch.line import memory_file
 from paceline.launch.rundir import RunDirectory
 from paceline.observe.failure import signal_name
@@ -35,9 +36,12 @@ class Servers:
         run: For their logs, and the secret.
         saves: The run makes checkpoints, from which other servers can take over.
         start: Starts the process of a server, given its number and whether it takes over.
+        listen: ``HOST`` or ``HOST:PORT`` where launchers of other machines knock; servers then listen on TCP ports of that host too.
+        tcp: Workers of this machine use TCP as well, without shared memory.
 
     Attributes:
         addresses: Where they listen, the lead first.
+        doors: Where they listen for workers of other machines.
         secret_fd: A memory file with the secret.
         lost: Why the run cannot go on, or empty.
     """
@@ -45,10 +49,20 @@ class Servers:
     child: Child | None = None
     address = ""
 
-    def __init__(self, count: int, run: RunDirectory, saves: bool, start: Callable[[int, bool], Child]) -> None:
+    def __init__(
+        self,
+        count: int,
+        run: RunDirectory,
+        saves: bool,
+        start: Callable[[int, bool], Child],
+        listen: str = "",
+        tcp: bool = False,
+    ) -> None:
         self._run, self._saves, self._start = run, saves, start
-        self.addresses = tuple(f"unix:@paceline-{secrets.token_hex(8)}" for _ in range(count))
-        self._doors = [f"unix:@paceline-{secrets.token_hex(8)}"]
+        host, port = host_and_port(listen)
+        self.addresses = tuple(free_address("127.0.0.1" if tcp else "", 0) for _ in range(count))
+        self.doors = tuple(free_address(host, 0) for _ in range(count)) if host else ()
+        self._doors = [free_address("", 0), *([free_address(host, port)] if host else [])]
         self.children: list[Child] = []
         self._last_words: dict[str, str] = {}
         self._faults: dict[str, str] = {}
@@ -92,6 +106,13 @@ class Servers:
         for child in self.children:
             self._listen_to(child)
         self._control.open(selector, answer)
+        for address in self._control.addresses[1:]:
+            command = f"paceline join SCRIPT --address {address} --secret-file FILE -n N"
+            say([f"others join with `{command}`; FILE is a copy of {self._run.path / 'secret'}"])
+
+    def lend(self) -> dict[str, Any]:
+        """What a launcher of another machine must know to reach the servers."""
+        return {"ports": [int(door.rpartition(":")[2]) for door in self.doors]}
 
     def _listen_to(self, child: Child) -> None:
         for fd in child.outputs:
@@ -101,7 +122,8 @@ class Servers:
 
     def endpoints(self) -> list[tuple[str, str, str]]:
         """Name, address and purpose of every listening socket."""
-        servers = [(f"server-{number}", address, "parameters") for number, address in enumerate(self.addresses)]
+        both = (self.addresses, self.doors)
+        servers = [(f"server-{number}", door, "parameters") for doors in both for number, door in enumerate(doors)]
         return [*servers, *(("launcher", address, "control") for address in self._control.addresses)]
 
     @property

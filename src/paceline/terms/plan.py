@@ -110,6 +110,7 @@ class Place:
         coordinator: Address of the coordinator, ``unix:PATH`` or ``tcp:HOST:PORT``; empty when the run is not elastic.
         secret_fd: Inherited descriptor of the run's secret of 32 bytes, to be read with ``os.pread``, or -1.
         servers: Addresses of the run's parameter servers, the lead first; empty when the strategy has none.
+        doors: Where the servers listen for workers of other machines; for servers only.
         serves: Which of the servers this process is, or -1.
     """
 
@@ -132,6 +133,7 @@ class Place:
     coordinator: str = ""
     secret_fd: int = -1
     servers: tuple[str, ...] = ()
+    doors: tuple[str, ...] = ()
     serves: int = -1
 
     @property

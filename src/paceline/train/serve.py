@@ -42,7 +42,7 @@ class Server:
     Args:
         kept: What is trained.
         service: What the strategy asks of servers.
-        addresses: Of all servers.
+        addresses, doors: Of all servers, for workers of this machine and of others.
         index: Which of them this is.
         secret: Of the run.
         over: Whether the run is being ended.
@@ -59,6 +59,7 @@ class Server:
         kept: Kept,
         service: Service,
         addresses: Sequence[str],
+        doors: Sequence[str],
         index: int,
         secret: bytes,
         over: Callable[[], bool],
@@ -88,7 +89,8 @@ class Server:
                 connection = reach(partial(connect, secret=secret, role="server", caps=CAPS), addresses[0], self._check)
                 connection.send(Say.ENTER, {"index": index, "is": kept.description, "version": version})
                 self._add(connection)
-            self._listener = stack.enter_context(Listener(addresses[index], secret, "server", self._welcome, caps=CAPS))
+            for address in (addresses[index], *doors[index : index + 1]):
+                stack.enter_context(Listener(address, secret, "server", self._welcome, caps=CAPS))
             if lead is not None:
                 lead.begin(self, len(addresses) - 1)
             self._stack = stack.pop_all()

@@ -26,7 +26,7 @@ from paceline.exchange.service import Service
 from paceline.group.frames import Frame
 from paceline.group.secure import Connection
 from paceline.terms.activity import Activity, Phase
-from paceline.terms.errors import Aborted, PacelineError, PeerLost, StepError
+from paceline.terms.errors import Aborted, AdoptError, PacelineError, PeerLost, StepError
 from paceline.terms.plan import Place
 from paceline.train.alone import Alone
 from paceline.train.keeping import Filled, Kept, hypers, set_hypers
@@ -103,6 +103,10 @@ class Served:
             self._optimizers = kept.optimizers
             self._hypers = [hypers(o) for o in self._optimizers]
             local = all(address.startswith("unix:") for address in self._place.servers)
+            if self._asked().one_copy and not local:
+                raise AdoptError(
+                    "PL463", "one copy of the parameters serves workers of one machine, and this one reaches it by TCP"
+                )
             self._memory = Memory(kept.layout, kept.buffer_layout, shared=local)
             kept.move_into(self._memory)
             meta = self._connect()

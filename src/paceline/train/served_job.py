@@ -185,6 +185,7 @@ class ServedJob(Job):
                 kept,
                 service,
                 place.servers,
+                place.doors,
                 place.serves,
                 self._secret,
                 lambda: activity.board.aborted,

@@ -308,6 +308,7 @@ class Shard:
             return []
         for begin, end in self.kept.layout.runs(self.index):  # what was read, for the correction
             guest.memory.raw_params[begin:end].copy_(self.memory.raw_params[begin:end])
+        guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
         return self.kept.answered(guest.memory, self.index)
 
     def _put_rows(self, guest: Guest) -> None:

@@ -58,6 +58,7 @@ def _from_elsewhere(args: argparse.Namespace) -> int:
     from paceline.launch.commands.run import Resolved, check_script, execute, first_line, refuse_second_launcher
     from paceline.launch.control import ask
     from paceline.launch.host import Host
+    from paceline.launch.servers import strategy_servers
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     refuse_second_launcher()
@@ -84,8 +85,10 @@ def _from_elsewhere(args: argparse.Namespace) -> int:
         resume="",
     )
     first_line(Resolved(plan, settings), path, args.format == "json")
-    coordinator = f"{args.address.rpartition(':')[0]}:{answer['port']}"
-    return execute(plan, path, args.format == "json", host=Host(connection, secret, coordinator, answer["first"]))
+    addresses = [f"{args.address.rpartition(':')[0]}:{port}" for port in answer["ports"]]
+    serves = strategy_servers(theirs.strategy) > 0
+    host = Host(connection, secret, addresses, answer["first"], serves=serves)
+    return execute(plan, path, args.format == "json", host=host)
 
 
 def _address(run: Path) -> str:

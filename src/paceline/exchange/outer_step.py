@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,3 +73,40 @@ class Elastic:
     def describe(self) -> str:
         """One phrase."""
         return f"elastic: worker and center move towards each other by {self.beta:g}/n of their distance"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairwise:
+    """Asynchronous gossip (AD-PSGD: Lian et al., ICML 2018, arXiv 1710.06952): ``x_i = x_j = (x_i + x_j) / 2``, then ``x_i -= drift_i``.
+
+    The two halves of an average are one action, so it is never half applied, and nobody waits for a partner that computes: its
+    parameters are averaged where they are kept, and its own drift is applied to the average later.
+
+    Attributes:
+        graph: ``complete``: any other worker; ``ring``: one of the two neighbours.
+    """
+
+    graph: str = "complete"
+
+    def partner(self, worker: str, members: Sequence[str], draw: int) -> str | None:
+        """With whom to average now; None where a worker is alone.
+
+        Args:
+            members: All workers, in the same order everywhere.
+            draw: A number that is never the same twice.
+        """
+        others = [name for name in members if name != worker]
+        if self.graph == "ring" and len(members) > 3 and worker in members:
+            at = members.index(worker)
+            others = [members[at - 1], members[(at + 1) % len(members)]]
+        return Random(draw).choice(others) if others else None
+
+    def average(self, mine: Tensor, theirs: Tensor) -> None:
+        """Both become their mean, in place."""
+        theirs.add_(mine).mul_(0.5)
+        mine.copy_(theirs)
+
+    def describe(self) -> str:
+        """One phrase."""
+        whom = "any other worker" if self.graph == "complete" else "a neighbour on a ring"
+        return f"pairwise: the mean with {whom}, drawn anew each time; evaluated and exported is the mean of all"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from paceline.exchange.arguments import one_of, positive, spell, whole
 from paceline.exchange.chain import Chain, Exchange
 from paceline.exchange.corrections import Delay
-from paceline.exchange.outer_step import DelayedNesterov, Elastic
+from paceline.exchange.outer_step import DelayedNesterov, Elastic, Pairwise
 from paceline.exchange.server import Damp, Rule
 from paceline.exchange.service import Service
 from paceline.terms.errors import UsageError
@@ -142,6 +142,26 @@ def async_easgd(every: int = 10, *, beta: float = 0.9, servers: int = 1) -> Exch
     whole("async_easgd", "servers", servers, MOST_SERVERS)
     text = spell(async_easgd, every=every, beta=beta, servers=servers)
     service = Service(servers, Rule(math.inf), own_steps=True, every=every, outer=Elastic(beta))
+    return Exchange(Chain(()), text=text, service=service)
+
+
+def adpsgd(graph: Literal["complete", "ring"] = "complete", *, every: int = 1, servers: int = 1) -> Exchange:
+    """Asynchronous gossip: whoever has stepped is averaged with another worker, which is not waited for.
+
+    (AD-PSGD: Lian et al., ICML 2018.) Each worker has parameters and an optimizer of its own, and nobody ever waits. It wins with
+    workers of unequal speed; it loses loss at equal samples against an exact mean, the more so the more workers there are. A server
+    keeps what is averaged, so an average is one action, but all bytes pass the server: this is the method's mathematics, not its network.
+
+    Args:
+        graph: ``complete``: with any other worker; ``ring``: with one of two neighbours.
+        every: Steps of its own from one average to the next.
+        servers: Processes that the parameters are divided among.
+    """
+    one_of("adpsgd", "graph", graph, ("complete", "ring"))
+    whole("adpsgd", "every", every, 10**9)
+    whole("adpsgd", "servers", servers, MOST_SERVERS)
+    text = spell(adpsgd, graph=graph, every=every, servers=servers)
+    service = Service(servers, Rule(math.inf), own_steps=True, every=every, outer=Pairwise(graph))
     return Exchange(Chain(()), text=text, service=service)
 
 

@@ -19,7 +19,7 @@ from paceline.exchange.codec import CODECS, Codec
 from paceline.exchange.exact import MOST_SHARDS, SHARDS, ExactMean
 from paceline.exchange.link import Link
 from paceline.exchange.local import diloco, easgd, gossip, local_sgd, sgp, shown
-from paceline.exchange.ps import async_diloco, async_easgd, hogwild, ps
+from paceline.exchange.ps import adpsgd, async_diloco, async_easgd, hogwild, ps
 from paceline.terms.errors import UsageError
 from paceline.terms.plan import Call
 
@@ -149,6 +149,7 @@ RECIPES: dict[str, Callable[..., Exchange]] = {
     "hogwild": hogwild,
     "async_diloco": async_diloco,
     "async_easgd": async_easgd,
+    "adpsgd": adpsgd,
     "local_sgd": local_sgd,
     "post_local_sgd": post_local_sgd,
     "diloco": diloco,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from paceline.exchange.corrections import Delay
-from paceline.exchange.outer_step import DelayedNesterov, Elastic
+from paceline.exchange.outer_step import DelayedNesterov, Elastic, Pairwise
 from paceline.exchange.server import Rule
 
 
@@ -32,7 +32,7 @@ class Service:
     own_steps: bool = False
     every: int = 1
     by_speed: bool = False
-    outer: DelayedNesterov | Elastic | None = None
+    outer: DelayedNesterov | Elastic | Pairwise | None = None
 
     def describe(self) -> str:
         """What is sent, with whom, when, how merged, and where the optimizer works."""
@@ -99,3 +99,8 @@ class Service:
                 "optimizer   the script's own, in every worker; its state stays there",
             )
         )
+
+    @property
+    def apart(self) -> bool:
+        """Each worker has parameters of its own also when it has pushed; what is evaluated is something else."""
+        return isinstance(self.outer, Elastic | Pairwise)

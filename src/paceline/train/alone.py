@@ -67,7 +67,7 @@ class Alone:
     # ---- the centre is looked at, and left again ----------------------------------------------------------------------
     def put_aside(self, memory: Memory) -> None:
         """The centre's parameters come into this worker's memory for a while, where it has own ones."""
-        if isinstance(self._service.outer, Elastic) and self._aside is None:
+        if self._service.apart and self._aside is None:
             self._aside = memory.raw_params.clone()
 
     def take_up(self, memory: Memory) -> None:

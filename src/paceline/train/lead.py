@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from paceline.exchange.outer_step import Pairwise
 from paceline.exchange.server import (
     Apply,
     Ask,
@@ -254,7 +255,11 @@ class Lead:
                 return {"do": "drop", "worker": worker, "seq": seq}
             case Apply(version=version, parts=parts, skip=skip):
                 counted = [[part.worker, part.seq, part.scale] for part in parts]
-                return {"do": "apply", "version": version, "parts": counted, "skip": skip}
+                entry = {"do": "apply", "version": version, "parts": counted, "skip": skip}
+                if isinstance(self._service.outer, Pairwise):
+                    partner = self._service.outer.partner(parts[0].worker, self._members, version)
+                    entry["partner"] = partner
+                return entry
             case Go(worker=worker, seq=seq, version=version, clock=clock, tau=tau):
                 return {"do": "go", "worker": worker, "seq": seq, "version": version, "clock": clock, "tau": tau}
             case Met(worker=worker, notes=notes):

@@ -302,7 +302,7 @@ class Server:
         for guest, seq, scale in found:
             assert guest is not None
             parts.append(self.shard.part(guest, seq, guest.pushes[seq], scale))
-        self.shard.apply(entry["version"], parts, skip=entry["skip"])
+        self.shard.apply(entry["version"], parts, skip=entry["skip"], partner=entry.get("partner"))
         for guest, seq, _ in found:
             assert guest is not None
             self._take(guest, seq)
@@ -330,6 +330,7 @@ class Server:
         """Who is gone, and has left nothing, needs no memory."""
         if guest.gone and not guest.pushes:
             self._by_name.pop(guest.name, None)
+            self.shard.forget(guest.name)
             guest.memory.close()
 
     def _let_go(self, entry: Mapping[str, Any]) -> None:
@@ -337,6 +338,8 @@ class Server:
         if guest is None or guest.gone:
             return
         link = next(link for link, g in self._guests.items() if g is guest)
+        if entry["seq"] == 0:
+            self.shard.enter(guest.name)
         buffers = self.shard.put(guest, center=entry["seq"] == 0)
         meta: dict[str, Any] = {"seq": entry["seq"]}
         if self._lead is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paceline.exchange.outer_step import Elastic
+from paceline.exchange.outer_step import DelayedNesterov, Elastic, Pairwise
 from paceline.exchange.service import Service
 from paceline.group.secure import Connection
 from paceline.train.keeping import Kept, hypers, set_hypers
@@ -54,6 +54,7 @@ class Guest:
 class Part:
     """One push in an update: whose, how much it counts, and the gradients, one flat tensor an item."""
 
+    name: str
     message: Mapping[str, Any]
     scale: float
     grads: Sequence[Tensor]
@@ -103,6 +104,7 @@ class Shard:
             {s.item: kept.layout.items[s.item].rows for s in kept.layout.of(index) if kept.layout.items[s.item].rows}
         )
         self._runs = kept.layout.runs(index, without=self._touched.versions)
+        self._apart: dict[str, list[Tensor]] = {}
         self._aside: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
         self.scheduled: dict[str, list[str]] = {}
         self.groups = [
@@ -137,6 +139,7 @@ class Shard:
 
     def pieces(self) -> list[PieceState]:
         """The state of all optimizers for what this server keeps, as references."""
+        self._gather_mean()
         return [
             state
             for number, optimizer in enumerate(self.kept.optimizers)
@@ -147,6 +150,7 @@ class Shard:
 
     def told(self) -> list[memoryview]:
         """The bytes of this server's parameters, for the lead."""
+        self._gather_mean()
         return self.kept.answered(self.memory, self.index)
 
     # ---- what is done, in order -------------------------------------------------------------------------------------
@@ -160,15 +164,19 @@ class Shard:
         """A push that is to be applied, from where it lies."""
         aside = self._aside.pop((guest.name, seq), None)
         if aside is not None:
-            return Part(message, scale, aside[0], (), aside[1])
-        return Part(message, scale, guest.memory.grads, guest.memory.params, guest.memory.buffers)
+            return Part(guest.name, message, scale, aside[0], (), aside[1])
+        return Part(guest.name, message, scale, guest.memory.grads, guest.memory.params, guest.memory.buffers)
 
     def drop(self, name: str, seq: int) -> None:
         """Forget a push."""
         self._aside.pop((name, seq), None)
 
-    def apply(self, version: int, parts: Sequence[Part], *, skip: bool) -> None:
-        """One update: the weighted mean of the parts, and a step of the optimizer that they are for."""
+    def apply(self, version: int, parts: Sequence[Part], *, skip: bool, partner: str | None = None) -> None:
+        """One update: the weighted mean of the parts, and a step of the optimizer that they are for.
+
+        Args:
+            partner: With whom the worker that has pushed is averaged, where workers are averaged in pairs.
+        """
         assert version == self.version + 1, "updates are applied in order"
         self.version = version
         for part in parts:
@@ -178,6 +186,8 @@ class Shard:
             with torch.no_grad():
                 if not self._service.own_steps:
                     self._step(counted)
+                elif isinstance(self._service.outer, Pairwise):
+                    self._gossip(counted[0], partner)
                 elif self._service.outer is not None:
                     self._outer_step(counted)
                 self._mix_buffers(counted)
@@ -211,9 +221,42 @@ class Shard:
                 pushed = piece.of(part.grads[piece.item])
                 if isinstance(outer, Elastic):
                     outer.pull(piece.param.detach(), pushed, piece.of(part.read[piece.item]), self._workers)
-                elif outer is not None:
+                elif isinstance(outer, DelayedNesterov):
                     state = optimizer.state[piece.param]
                     outer.step(piece.param.detach(), pushed * part.scale, state, self._workers)
+
+    def _gossip(self, part: Part, partner: str | None) -> None:
+        """Average two workers, and let the one that has pushed move on from there."""
+        outer = self._service.outer
+        assert isinstance(outer, Pairwise)
+        mine = self._apart[part.name]
+        theirs = self._apart.get(partner) if partner is not None else None
+        for piece in self._pieces[part.message["optimizer"]]:
+            own = piece.of(mine[piece.item])
+            if theirs is not None:
+                outer.average(own, piece.of(theirs[piece.item]))
+            own.sub_(piece.of(part.grads[piece.item]))
+            piece.of(part.read[piece.item]).copy_(own)
+
+    def enter(self, name: str) -> None:
+        """A worker begins, with the mean of those that have parameters of their own."""
+        if isinstance(self._service.outer, Pairwise):
+            self._gather_mean()
+            self._apart[name] = self.memory.like_params(self.memory.raw_params.clone())
+
+    def _gather_mean(self) -> None:
+        """What is evaluated, exported and saved is the mean of all workers that have parameters of their own."""
+        with torch.no_grad():
+            for item, mean in enumerate(self.memory.params if self._apart else ()):
+                mean.zero_()
+                for own in self._apart.values():
+                    mean.add_(own[item])
+                mean.div_(len(self._apart))
+
+    def forget(self, name: str) -> None:
+        """A worker is gone, with its parameters."""
+        self._gather_mean()
+        self._apart.pop(name, None)
 
     def _scales(self, parts: Sequence[Part]) -> list[float]:
         """What each part is multiplied by: its share of the weights, unless it is a sum already."""
@@ -294,7 +337,9 @@ class Shard:
         if self._service.one_copy:
             guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
             return []
-        if not center and isinstance(self._service.outer, Elastic):
+        if center:
+            self._gather_mean()
+        if not center and self._service.apart:
             if guest.memory.shared:
                 guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
                 return []

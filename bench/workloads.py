@@ -43,6 +43,28 @@ class Workload:
     bar: float
 
 
+@dataclass(frozen=True)
+class Task:
+    """Something to learn, small enough to be learned many times.
+
+    Attributes:
+        model, loss: Makers, as in :class:`Workload`.
+        data: Makes what is trained on, and inputs and targets of the test.
+        rows: Of a global batch.
+        epochs: Passes over the data.
+        lr: Of AdamW.
+        row_seconds: How long a row takes to compute, at least.
+    """
+
+    model: Callable[[], nn.Module]
+    data: Callable[[], tuple[Dataset[tuple[Tensor, Tensor]], Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    rows: int
+    epochs: int
+    lr: float
+    row_seconds: float
+
+
 def _digits(rows: int) -> Dataset[tuple[Tensor, Tensor]]:
     from sklearn.datasets import load_digits
 
@@ -100,4 +122,33 @@ WORKLOADS = {
         _wide_mlp, _random_rows, F.cross_entropy, rows=lambda n: 16 * n, steps=5, warm_up=1, timed=4, bar=1.5
     ),
     "gpt10m": Workload(_gpt, _pieces, _bytes_loss, rows=lambda n: 4 * n, steps=5, warm_up=1, timed=4, bar=1.1),
+}
+
+
+# ---- what convergence is measured with ----------------------------------------------------------------------------------
+def _divided_digits() -> tuple[Dataset[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """1,472 digits to train on, which are 23 batches of 64; the last 297 to test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    return TensorDataset(x[:1472], y[:1472]), x[1500:], y[1500:]
+
+
+def _little_gpt() -> nn.Module:
+    """0.1 million parameters."""
+    return _language_model().GPT(context=32, width=64, layers=2, heads=2)
+
+
+def _little_text() -> tuple[Dataset[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    lm = _language_model()
+    text, other = lm.read_standard_library(400 * 16 * 32 + 1)
+    test = lm.Pieces(other[: 256 * 32 + 1], 32)
+    x, y = zip(*(test[i] for i in range(256)), strict=True)
+    return lm.Pieces(text, 32), torch.stack(x), torch.stack(y)
+
+
+TASKS = {
+    "digits": Task(_small_mlp, _divided_digits, F.cross_entropy, 64, epochs=16, lr=3e-3, row_seconds=0.25e-3),
+    "gpt": Task(_little_gpt, _little_text, _bytes_loss, 16, epochs=1, lr=3e-3, row_seconds=2e-3),
 }

@@ -40,7 +40,7 @@ def launch_function(
     arguments: Mapping[str, Any],
 ) -> list[Any]:
     """Run ``fn(**arguments)`` on `n` processes; see :func:`paceline.launch`."""
-    from paceline.exchange.strategy import check
+    from paceline.exchange.strategy import check, threads
 
     if callee.importing:
         raise UsageError(
@@ -51,7 +51,7 @@ def launch_function(
     n = _count(fn, processes, n)
     check_processes(n)
     described = describe(fn, arguments)
-    settings = choose(Machine.here(), n, os.environ)
+    settings = choose(Machine.here(), n, os.environ, threads=threads(strategy))
     plan = Plan(
         script=f"{fn.__module__}:{fn.__qualname__}",
         processes=n,

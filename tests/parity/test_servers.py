@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from paceline.group.secure import connect
+from paceline.train.talk import CAPS, Say
 from parity.server_case import Model
 from support.breadth import more
 from support.cli import CLI, dump_and_kill, run_paceline, run_python, show
@@ -186,6 +188,35 @@ def test_what_cannot_work_is_refused(case: str, strategy: str, code: str, words:
     assert words in done.stdout + done.stderr, show(done)
 
 
+def test_nonsense_from_somebody_who_knows_the_secret_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--run-dir", str(run), "-n", "2", "--strategy", "ps(staleness=2)")
+    script = ("--pause", "0.02", "--epochs", "5", "--out", str(tmp_path / "served.pt"))
+    command = (*CLI, "run", str(CASE), *flags, "--", *script)
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            wait_for_updates(run, 5, process)
+            secret = bytes.fromhex((run / "secret").read_text())
+            entries = json.loads((run / "endpoints.json").read_text())
+            address = next(entry["address"] for entry in entries if entry["purpose"] == "parameters")
+            for meta in (
+                {},
+                {"name": "worker-0", "is": "", "handle": "/etc/passwd"},
+                {"name": "worker-9", "is": "something else", "handle": ""},
+            ):
+                with connect(address, secret, "worker-9", caps=CAPS) as connection:
+                    connection.send(Say.ATTACH, meta)
+                    assert connection.recv().meta["code"] in ("PL462", "PL303")
+            said, _ = process.communicate(timeout=100)
+        except BaseException:
+            dump_and_kill(process.pid)
+            raise
+    assert process.returncode == 0, said
+    assert run_paceline("verify", "ledger", run, cwd=tmp_path).returncode == 0
+
+
 # ---- losses -------------------------------------------------------------------------------------------------------------
 def kill(run: Path, name: str) -> None:
     """SIGKILL to a process of a run."""
@@ -203,11 +234,7 @@ def disturbed(where: Path, strategy: str, victim: str, after: int, *flags: str) 
         command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         try:
-            deadline = time.monotonic() + 100
-            while committed(run) < after:
-                assert process.poll() is None, "the run ended before that"
-                assert time.monotonic() < deadline, "the run did not come so far"
-                time.sleep(0.01)
+            wait_for_updates(run, after, process)
             kill(run, victim)
             said, _ = process.communicate(timeout=120)
         except BaseException:
@@ -217,6 +244,14 @@ def disturbed(where: Path, strategy: str, victim: str, after: int, *flags: str) 
     proved = run_paceline("verify", "ledger", run, cwd=where)
     assert proved.returncode == 0, show(proved)
     return said, run
+
+
+def wait_for_updates(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 100
+    while committed(run) < count:
+        assert process.poll() is None, "the run ended before that"
+        assert time.monotonic() < deadline, "the run did not come so far"
+        time.sleep(0.01)
 
 
 def committed(run: Path) -> int:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paceline.exchange.service import Service
 from paceline.group.secure import Connection
-from paceline.terms.errors import EXPLANATIONS, AdoptError, PacelineError, PeerLost, StepError
+from paceline.terms.errors import EXPLANATIONS, AdoptError, PacelineError, StepError, WireError
 
 PATIENCE = 60.0
 """Seconds that a worker waits for servers to begin."""
@@ -27,7 +27,7 @@ def reach(open: Callable[[str], Connection], address: str, check: Callable[[], N
         check: Called again and again while this waits.
 
     Raises:
-        PeerLost: PL460, there is none.
+        WireError: PL460, there is none, and none came within :data:`PATIENCE`.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -35,7 +35,7 @@ def reach(open: Callable[[str], Connection], address: str, check: Callable[[], N
             return open(address)
         except PacelineError as error:
             if error.code not in ("PL433", "PL431") or time.monotonic() > deadline:
-                raise PeerLost("PL460", f"the server at {address} cannot be reached: {error.message}") from error
+                raise WireError("PL460", f"the server at {address} cannot be reached: {error.message}") from error
         check()
         time.sleep(_SOON)
 

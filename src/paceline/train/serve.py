@@ -8,6 +8,7 @@ others carry out the lead's entries in that order, each as soon as the pushes th
 from __future__ import annotations
 
 import os
+import re
 import selectors
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,8 @@ from paceline.train.served_state import PieceState, flatten, unflatten
 from paceline.train.shard import Guest, Part, Shard
 from paceline.train.talk import CAPS, Say
 
-_CAME, _LIFE = -1, -2
+_CAME = -1
+_HANDLE = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 _AT_ONCE = 64  # messages of one connection before the others have their turn
 _BEAT = 0.1  # seconds between two looks at the board
 
@@ -211,7 +213,10 @@ class Server:
         meta = frame.meta
         match frame.kind:
             case Say.ATTACH:
-                return partial(self._attach, link, connection, str(meta["name"]), str(meta["is"]), str(meta["handle"]))
+                name, handle = str(meta["name"]), str(meta["handle"])
+                if handle and not _HANDLE.fullmatch(handle):
+                    raise ValueError("this is no memory of a process")
+                return partial(self._attach, link, connection, name, str(meta["is"]), handle)
             case Say.ENTER if self._lead is not None:
                 return partial(self._enter, link, connection, int(meta["index"]), str(meta["is"]), int(meta["version"]))
             case Say.ENTRY if self._lead is None:
@@ -247,6 +252,8 @@ class Server:
 
     def _attach(self, link: int, connection: Connection, name: str, theirs: str, handle: str) -> None:
         self._check_same(theirs, name)
+        if name in self._by_name and not self._by_name[name].gone:
+            raise StepError("PL420", f"a worker named {name} is attached already")
         memory = Memory(self._kept.layout, self._kept.buffer_layout, handle=handle, shared=False)
         guest = Guest(name, connection, memory)
         self._guests[link] = self._by_name[name] = guest

@@ -153,9 +153,8 @@ class Served:
                 for (loader, epoch), origin in self._origins.items():
                     self._origin(loader, epoch, origin)
                 return
-            except PeerLost as error:
-                if "cannot be reached" in error.message:
-                    raise
+            except PeerLost:  # these have died as well
+                continue
 
     def _check(self) -> None:
         if self._activity.board.aborted:

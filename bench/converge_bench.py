@@ -8,7 +8,7 @@ times say who waits for whom, and no more.
 
 A row has, as medians over seeds: loss and accuracy on test data after the last step; the seconds of all steps; the seconds until the
 test loss was as low as that of ``ddp()`` of the same seed after two thirds of its samples (empty where more than half never came
-there), by the parameters that the ranks had on the way, their mean where they differ; and bytes that a rank sends and receives for a
+there), by the mean of the parameters that the ranks had on the way, or with servers by those of rank 0; and bytes that a rank sends and receives for a
 step, as its ``round`` events tell, or by arithmetic where there are none.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from torch.nn.utils import vector_to_parameters
 
 from launchers import end
 from paceline.exchange.recipes import RECIPES
+from paceline.exchange.strategy import build
 from report import Bar, machine, median, show, write
 from workloads import TASKS, Task
 
@@ -47,6 +49,10 @@ CHOSEN = (
     "ps(staleness=inf, late=damp(inverse))",
     "ps(staleness=inf, buffer=4)",
     "ps(backup=1)",
+    "hogwild()",
+    "async_diloco(every=50)",
+    "async_easgd(every=10)",
+    "adpsgd()",
     "local_sgd(8)",
     "post_local_sgd(100, every=8)",
     "diloco(every=50)",
@@ -140,7 +146,7 @@ def _carry_out(command: list[str]) -> None:
 def _judged(task: Task, recipe: str, ranks: Sequence[dict[str, Any]], sent: float, steps: int) -> Run:
     model = task.model()
     _, x, y = task.data()
-    served = recipe.startswith("ps(")
+    served = build(recipe).service is not None
     kept = ranks[0]["kept"]
     curve = []
     for number, (_, seconds, mine) in enumerate(kept):
@@ -170,10 +176,15 @@ def _round_bytes(run: Path) -> float:
 
 
 def _bytes_by_arithmetic(recipe: str, nbytes: int) -> float:
-    """Of an all-reduce, by each rank; of a gradient that is pushed and parameters that come back."""
-    if not recipe.startswith("ps("):
+    """Of an all-reduce, by each rank; or of what is pushed to a server, and of the parameters that come back."""
+    service = build(recipe).service
+    if service is None:
         return 2 * (WORKERS - 1) / WORKERS * nbytes
-    return 2.0 * nbytes / (WORKERS if "staleness" in recipe else 1)
+    if recipe.startswith("hogwild("):
+        return 0.0
+    every = re.search(r"every=(\d+)", recipe)
+    times = 1.0 if service.rule.synchronous else 1 / WORKERS  # a step is that of one worker
+    return 2 * nbytes * times / (int(every[1]) if every else 1)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

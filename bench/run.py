@@ -20,6 +20,8 @@ BENCHMARKS = {  # name: file, and what makes it quick
     "elastic": ("elastic_bench.py", "--quick"),
     "checkpoint": ("checkpoint_bench.py", "--quick"),
     "network": ("network_bench.py", "--quick"),
+    "ps": ("ps_bench.py", "--quick"),
+    "converge": ("converge_bench.py", "--quick"),
 }
 
 

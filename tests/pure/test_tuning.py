@@ -24,6 +24,8 @@ def test_threads_that_outnumber_the_cores_sleep_while_they_wait() -> None:
     assert "OMP_WAIT_POLICY" not in dict(choose(BOX, 2, {}).given)
     assert "OMP_WAIT_POLICY" not in dict(choose(BOX, 16, {}).given)  # one thread waits for nobody
     assert dict(choose(BOX, 4, {}, threads=4).given)["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert dict(choose(BOX, 2, {}, servers=1).given)["OMP_WAIT_POLICY"] == "PASSIVE"  # or they keep a server waiting
+    assert choose(BOX, 2, {}, servers=1).threads == 4
 
 
 def test_the_user_s_environment_is_left_alone_and_said() -> None:

@@ -97,6 +97,7 @@ def choose(
     *,
     threads: int | None = None,
     overrides: Mapping[str, str] | None = None,
+    servers: int = 0,
 ) -> Settings:
     """Decide the settings of each of `processes` ranks. Pure.
 
@@ -106,12 +107,14 @@ def choose(
         environ: The user's environment; what it sets is left alone.
         threads: ``--threads``: stronger than OMP_NUM_THREADS in the environment.
         overrides: ``--set``: strongest, and the way to set anything else.
+        servers: Processes beside the ranks, with as many threads. They work while ranks wait for them, so ranks keep their
+            cores; but threads that spin after their work would hold the cores that the other side needs.
     """
     asked = dict(overrides or {})
     named = threads or _whole(asked.get("OMP_NUM_THREADS")) or _whole(environ.get("OMP_NUM_THREADS"))
     count = named or max(1, machine.cores // processes)
     advised = {"OMP_NUM_THREADS": str(count)}
-    if count > 1 and processes * count > machine.cores:
+    if count > 1 and (processes + servers) * count > machine.cores:
         advised["OMP_WAIT_POLICY"] = "PASSIVE"
     if machine.glibc:
         advised |= _malloc(machine, processes)

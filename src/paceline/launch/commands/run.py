@@ -140,7 +140,10 @@ def resolve(args: argparse.Namespace) -> Resolved:
     overrides = dict(plan.settings) | _assignments(args.set)
     if args.threads is not None:
         overrides.pop("OMP_NUM_THREADS", None)
-    settings = choose(Machine.here(), plan.processes, os.environ, threads=args.threads, overrides=overrides)
+    servers = strategy_servers(plan.strategy)
+    settings = choose(
+        Machine.here(), plan.processes, os.environ, threads=args.threads, overrides=overrides, servers=servers
+    )
     return Resolved(replace(plan, threads=settings.threads, settings=settings.given), settings)
 
 

@@ -123,8 +123,7 @@ def _run(name: str, recipe: str, slow: float, seed: int) -> Run:
         command = [sys.executable, "-m", "paceline.launch.cli", "run", str(HERE / "converge_peer.py"), *flags, "--"]
         _carry_out([*command, *told])
         ranks = [torch.load(where / f"{rank}.pt") for rank in range(WORKERS)]
-        steps = TASKS[name].epochs * len(TASKS[name].data()[0]) // TASKS[name].rows  # type: ignore[arg-type]
-        run = _judged(TASKS[name], recipe, ranks, _round_bytes(where / "run"), steps)
+        run = _judged(TASKS[name], recipe, ranks, _round_bytes(where / "run"))
     said = f"loss {run.loss:.4f}, accuracy {run.accuracy:.4f}, {run.seconds:.1f} s"
     print(f"{name} {recipe} seed {seed}{f', one {slow:g} times slower' if slow > 1 else ''}: {said}", file=sys.stderr)
     return run
@@ -143,7 +142,7 @@ def _carry_out(command: list[str]) -> None:
             raise RuntimeError(f"{' '.join(command)}\nexit status {status}\n{said.read()[-4000:]}")
 
 
-def _judged(task: Task, recipe: str, ranks: Sequence[dict[str, Any]], sent: float, steps: int) -> Run:
+def _judged(task: Task, recipe: str, ranks: Sequence[dict[str, Any]], sent: float) -> Run:
     model = task.model()
     _, x, y = task.data()
     served = build(recipe).service is not None
@@ -155,8 +154,7 @@ def _judged(task: Task, recipe: str, ranks: Sequence[dict[str, Any]], sent: floa
     loss, accuracy = _test(task, model, ranks[0]["last"], x, y)
     seconds = max(rank["seconds"] for rank in ranks)
     curve.append((seconds, loss))
-    numel = ranks[0]["last"].numel()
-    nbytes = sent / steps if sent else _bytes_by_arithmetic(recipe, 4 * numel)
+    nbytes = _bytes_a_step(recipe, 4 * ranks[0]["last"].numel(), sent, task.steps)
     after = [*(samples for samples, _, _ in kept), ranks[0]["samples"]]
     return Run(curve, after, loss, accuracy, seconds, nbytes, bool(sent))
 
@@ -175,11 +173,15 @@ def _round_bytes(run: Path) -> float:
     return float(sum(line["bytes"] for line in lines if line["kind"] == "round"))
 
 
-def _bytes_by_arithmetic(recipe: str, nbytes: int) -> float:
-    """Of an all-reduce, by each rank; or of what is pushed to a server, and of the parameters that come back."""
-    service = build(recipe).service
+def _bytes_a_step(recipe: str, nbytes: int, sent: float, steps: int) -> float:
+    """What was `sent` in rounds; by arithmetic where there are none: an all-reduce, or a push and the parameters that come back."""
+    exchange = build(recipe)
+    service, reduced = exchange.service, 2 * (WORKERS - 1) / WORKERS * nbytes
+    if sent:
+        synchronous = exchange.phases[1][0] if exchange.phases else 0
+        return (sent + synchronous * reduced) / steps
     if service is None:
-        return 2 * (WORKERS - 1) / WORKERS * nbytes
+        return reduced
     if recipe.startswith("hogwild("):
         return 0.0
     every = re.search(r"every=(\d+)", recipe)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 import paceline
 from workloads import TASKS
@@ -29,7 +29,6 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slow", type=float, default=1.0)
-    parser.add_argument("--epochs", type=int)
     parser.add_argument("--points", type=int, default=16, help="at which parameters are kept")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -38,26 +37,25 @@ def main() -> None:
     data, _, _ = task.data()
     model = task.model()
     opt = torch.optim.AdamW(model.parameters(), lr=task.lr)
-    train = DataLoader(data, batch_size=task.rows, shuffle=True)
-    epochs = args.epochs or task.epochs
-    interval = max(1, epochs * len(train) // args.points) * task.rows
+    order = RandomSampler(data, num_samples=task.steps * task.rows)  # several times through the data, in one pass
+    train = DataLoader(data, batch_size=task.rows, sampler=order)
+    interval = task.steps // args.points * task.rows
 
     job = paceline.job()
     model, opt, train = job.adopt(model, opt, train)
     pace = task.row_seconds * (args.slow if job.rank == 1 else 1.0)
     kept: list[tuple[int, float, Tensor]] = []
     began = 0.0
-    for _ in job.epochs(epochs):
-        for x, y in train:
-            began = began or time.perf_counter()
-            opt.zero_grad()
-            loss = task.loss(model(x), y)
-            time.sleep(pace * len(x))
-            loss.backward()
-            opt.step()
-            samples = job.clock.samples
-            if samples // interval > (kept[-1][0] // interval if kept else 0):
-                kept.append((samples, time.perf_counter() - began, flat(model)))
+    for x, y in train:
+        began = began or time.perf_counter()
+        opt.zero_grad()
+        loss = task.loss(model(x), y)
+        time.sleep(pace * len(x))
+        loss.backward()
+        opt.step()
+        samples = job.clock.samples
+        if samples // interval > (kept[-1][0] // interval if kept else 0):
+            kept.append((samples, time.perf_counter() - began, flat(model)))
     seconds = time.perf_counter() - began
     with job.evaluating(model):
         last = flat(model)

@@ -118,7 +118,12 @@ def test_one_worker_whose_drift_is_taken_whole_is_the_plain_loop(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "strategy", ["async_diloco(every=3, by_speed=True)", "adpsgd()", *more("async_easgd(every=3)", "hogwild()")]
+    "strategy",
+    [
+        "async_diloco(every=3, lr=1, momentum=0, delay=1, by_speed=True)",
+        "adpsgd()",
+        *more("async_easgd(every=3)", "hogwild()"),
+    ],
 )
 def test_workers_that_step_by_themselves_train_every_row_once(strategy: str, tmp_path: Path) -> None:
     """The ledger is proved, all end with the same parameters, and they are better than those of the beginning."""

@@ -1,6 +1,6 @@
 """Parameter servers: a push and a pull against Ray and against gloo, and what four asynchronous workers keep of their speed.
 
-    python bench/ps_bench.py [--quick] [--rounds 5] [--mb 1 16 100] [--peer gloo ray] [--no-crowd]
+    python bench/ps_bench.py [--quick] [--rounds 5] [--mb 1 16 100] [--peer gloo ray] [--no-crowd] [--crowd-rows 16]
 
 1. One worker, one host: seconds of an ``opt.step()`` that sends gradients of 1, 16 and 100 MiB to one or to two servers, which step
    torch's SGD, and brings the parameters back. A Ray actor and a pair of gloo processes do the same in turn with it. All have one
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mb", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--peer", nargs="*", choices=BARS, default=list(BARS), help="against whom")
     parser.add_argument("--crowd", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--crowd-rows", type=int, default=16, help="rows of a step of one of the four workers")
     args = parser.parse_args(argv)
     rounds = args.rounds or (2 if args.quick else 5)
     here = machine()
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         _pushes(mb, args.peer, rounds, rows, bars)
         write("ps", here, rows, bars)  # each time: whoever ends it early keeps what was measured
     if args.crowd:
-        _crowd(rounds, rows, bars)
+        _crowd(rounds, args.crowd_rows, rows, bars)
     columns = ("what", "peer", "value", "ratio", "server CPU ms/MiB", "quiet runs", "note")
     show("Parameter servers", rows, columns, bars, write("ps", here, rows, bars))
     return 0
@@ -109,12 +110,16 @@ def _environment(processes: int) -> dict[str, str]:
 
 
 # ---- a crowd --------------------------------------------------------------------------------------------------------
-def _crowd(rounds: int, rows: list[Result], bars: list[Bar]) -> None:
+def _crowd(rounds: int, batch: int, rows: list[Result], bars: list[Bar]) -> None:
     turns = {"uncoordinated processes": _alone, "ps(staleness=inf)": _served}
-    measured = take_turns(rounds, *turns.values())
+    measured = take_turns(rounds, *(partial(turn, str(batch)) for turn in turns.values()))
     speeds = [median([r["samples_per_second"] for r in runs]) for runs in counting(*measured)]
     for peer, results, speed in zip(turns, measured, speeds, strict=True):
-        row = {"what": f"gpt10m, {CROWD} workers: samples per second", "peer": peer, "value": speed}
+        row = {
+            "what": f"gpt10m, {CROWD} workers, {batch} rows a step: samples per second",
+            "peer": peer,
+            "value": speed,
+        }
         row |= {"ratio": speed / speeds[0], "quiet runs": f"{len(quiet(results))} of {len(results)}"}
         step = median([r["step_seconds"] for r in results])
         short = f", less than the {1e3 * SHORTEST_STEP:g} ms meant" if step < SHORTEST_STEP else ""
@@ -124,21 +129,21 @@ def _crowd(rounds: int, rows: list[Result], bars: list[Bar]) -> None:
     )
 
 
-def _served() -> Result:
+def _served(batch: str) -> Result:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         out = Path(name) / "result.json"
         flags = ["-n", str(CROWD), "--threads", "1", "--run-dir", str(Path(name) / "run")]
-        told = ["--peer", "paceline", "--workers", str(CROWD), "--out", str(out)]
+        told = ["--peer", "paceline", "--workers", str(CROWD), "--rows", batch, "--out", str(out)]
         command = [*CLI, str(HERE / "crowd_peer.py"), *flags, "--strategy", "ps(staleness=inf)", "--", *told]
         return _said(execute(command, _environment(CROWD), out, timeout=400))
 
 
-def _alone() -> Result:
+def _alone(batch: str) -> Result:
     """All begin to count at the same moment."""
     others = Others()
     with tempfile.TemporaryDirectory(prefix="bench-") as name, ExitStack() as stack:
         outs = [Path(name) / f"{number}.json" for number in range(CROWD)]
-        program = [sys.executable, str(HERE / "crowd_peer.py"), "--peer", "plain", "--out"]
+        program = [sys.executable, str(HERE / "crowd_peer.py"), "--peer", "plain", "--rows", batch, "--out"]
         crowd = []
         for out in outs:
             process = subprocess.Popen(

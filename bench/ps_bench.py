@@ -1,6 +1,6 @@
 """Parameter servers: a push and a pull against Ray and against gloo, and what four asynchronous workers keep of their speed.
 
-    python bench/ps_bench.py [--quick] [--rounds 5] [--mb 1 16 100] [--peer gloo ray] [--no-crowd] [--crowd-rows 16]
+    python bench/ps_bench.py [--quick] [--rounds 5] [--mb 1 16 100] [--peer gloo ray] [--no-crowd] [--crowd-rows 4]
 
 1. One worker, one host: seconds of an ``opt.step()`` that sends gradients of 1, 16 and 100 MiB to one or to two servers, which step
    torch's SGD, and brings the parameters back. A Ray actor and a pair of gloo processes do the same in turn with it. All have one
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mb", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--peer", nargs="*", choices=BARS, default=list(BARS), help="against whom")
     parser.add_argument("--crowd", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--crowd-rows", type=int, default=16, help="rows of a step of one of the four workers")
+    parser.add_argument("--crowd-rows", type=int, default=4, help="rows of a step of one of the four workers")
     args = parser.parse_args(argv)
     rounds = args.rounds or (2 if args.quick else 5)
     here = machine()
@@ -159,7 +159,11 @@ def _alone(batch: str) -> Result:
             assert process.stdout is not None
             process.stdout.readline()
         for process in crowd:
-            process.communicate("go\n", timeout=400)
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in crowd:
+            process.wait(timeout=400)
         found = [json.loads(out.read_text()) for out in outs]
     speed = sum(each["samples_per_second"] for each in found)
     step = median([each["step_seconds"] for each in found])

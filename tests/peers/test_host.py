@@ -25,7 +25,7 @@ def test_a_cut_link_is_not_the_end_of_the_run(tmp_path: Path) -> None:
         secret = os.pread(job.orders["secret_fd"], 100, 0)
         with (
             Listener(door, secret, "launcher", came.put),
-            Host(connect(door, secret, "join"), secret, job.address, 100_000) as host,
+            Host(connect(door, secret, "join"), secret, (job.address,), 100_000) as host,
         ):
             host.open(selector, print, lambda: None, lambda request: {})
             came.get(timeout=PATIENCE).close()

@@ -34,7 +34,7 @@ def test_one_to_four_ranks(script: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        "cnn --noisy --workers 2 --epochs 1",
+        *more("cnn --noisy --workers 2 --epochs 1"),
         *more("cnn --tokens sum --nan"),  # that step is left out by all
         "wide --epochs 1",  # the optimizer's step is divided
     ],

@@ -24,7 +24,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("n", [1, 3, *more(2, 4)])
+@pytest.mark.parametrize("n", [3, *more(1, 2, 4)])
 def test_loops_as_people_write_them(n: int, expected: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -88,8 +88,12 @@ def test_synchronous_servers_do_what_one_process_does(
     [
         ("ps(staleness=inf, late=dc(0.04))", ("--evaluate", "--workers", "2")),
         *more(("ps(servers=2, staleness=2, late=damp(inverse))", ("--accumulate", "2"))),
-        ("hogwild()", ()),
-        *more(("ps()", ()), ("ps(staleness=1, late=dc(memory=0.95))", ()), ("ps(staleness=inf, late=damp(hinge))", ())),
+        *more(
+            ("hogwild()", ()),
+            ("ps()", ()),
+            ("ps(staleness=1, late=dc(memory=0.95))", ()),
+            ("ps(staleness=inf, late=damp(hinge))", ()),
+        ),
     ],
 )
 def test_one_worker_of_anything_is_the_plain_loop(strategy: str, arguments: tuple[str, ...], tmp_path: Path) -> None:

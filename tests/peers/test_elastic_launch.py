@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from support.background import Running, running
+from support.breadth import more
 from support.cli import run_paceline, show
 from tests.peers.test_launch import gone, read, write
 
@@ -349,7 +350,7 @@ def test_a_death_while_the_coordinator_is_down_is_not_forgotten(tmp_path: Path) 
         assert run.end() == 130, run.text
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, *more(3)])
 def test_a_frozen_worker_is_ended_and_replaced(workers: int, tmp_path: Path) -> None:
     """The others are a majority without it, or not."""
     names = [f"worker-{number}" for number in range(workers)]

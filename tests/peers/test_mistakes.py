@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.breadth import more
 from tests.support.cli import CLI, run_command, run_paceline
 
 PRELUDE = """
@@ -151,8 +152,10 @@ def test_two_different_collectives(write: Callable[[str], Path]) -> None:
     "difference",
     [
         "if job.rank == 1: model.add_module('extra', nn.Linear(2, 2))",
-        "model = nn.Sequential(*reversed([nn.Linear(4, 4), nn.Linear(4, 4, bias=job.rank != 2)]))",
-        "opt = torch.optim.SGD(model.parameters(), lr=0.1 + job.rank)",
+        *more(
+            "model = nn.Sequential(*reversed([nn.Linear(4, 4), nn.Linear(4, 4, bias=job.rank != 2)]))",
+            "opt = torch.optim.SGD(model.parameters(), lr=0.1 + job.rank)",
+        ),
     ],
 )
 def test_different_models(write: Callable[[str], Path], difference: str) -> None:

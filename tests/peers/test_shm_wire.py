@@ -95,7 +95,7 @@ def check_sum(wire: ShmWire, buffer: Buffer, seed: int, divisor: float | None) -
     assert header[1] == pytest.approx(size * 0.1 * seed)
 
 
-@pytest.mark.parametrize("size", [2, 4, *more(3)])
+@pytest.mark.parametrize("size", [4, *more(2, 3)])
 def test_sums_are_those_of_rank_order_with_every_engine(size: int) -> None:
     with arenas(len(ENGINES)) as fds:
         results = run_peers(reduce_everything, size, inherit=fds, fds=fds, timeout=120)
@@ -184,7 +184,7 @@ def one_step(wire: ShmWire, buffers: list[Buffer], seed: int, own: random.Random
         assert torch.equal(buffer.tensor, expected(parts, 1.0))
 
 
-@pytest.mark.parametrize("size", [2, 4, *more(3)])
+@pytest.mark.parametrize("size", [4, *more(2, 3)])
 def test_a_storm_of_buffers_in_any_order(size: int) -> None:
     with arenas(len(ENGINES)) as fds:
         assert len(set(run_peers(storm, size, inherit=fds, fds=fds, seed=size, timeout=120))) == 1

@@ -6,9 +6,12 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.peers.test_elastic_launch import MEMBER, host_and_guest, processes
 
 
+@pytest.mark.long
 def test_it_is_said_whom_the_run_waits_for(tmp_path: Path) -> None:
     with host_and_guest(tmp_path, MEMBER) as (run, guest):
         guest.until("worker-100000 takes part; 2 workers")

@@ -57,7 +57,7 @@ def reduce_buckets(peer: Peer, store: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4, *more(3)])
+@pytest.mark.parametrize("size", [4, *more(2, 3)])
 def test_weighted_means_and_headers(size: int) -> None:
     results = run(reduce_buckets, size)
     assert all(result == results[0] for result in results), "ranks hold different bits"
@@ -132,7 +132,7 @@ def carry(peer: Peer, store: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4, *more(3)])
+@pytest.mark.parametrize("size", [4, *more(2, 3)])
 def test_what_else_a_wire_carries(size: int) -> None:
     for rank, found in enumerate(run(carry, size)):
         assert found == {

@@ -105,6 +105,7 @@ class Shard:
         )
         self._runs = kept.layout.runs(index, without=self._touched.versions)
         self._apart: dict[str, list[Tensor]] = {}
+        self._mean_at = -1  # version of the mean that the memory holds
         self._aside: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
         self.scheduled: dict[str, list[str]] = {}
         self.groups = [
@@ -245,7 +246,13 @@ class Shard:
             self._apart[name] = self.memory.like_params(self.memory.raw_params.clone())
 
     def _gather_mean(self) -> None:
-        """What is evaluated, exported and saved is the mean of all workers that have parameters of their own."""
+        """What is evaluated, exported and saved is the mean of all workers that have parameters of their own.
+
+        One mean for each version: all who come to a point read the same, though the first of them leaves before the last one reads.
+        """
+        if self._mean_at == self.version:
+            return
+        self._mean_at = self.version
         with torch.no_grad():
             for item, mean in enumerate(self.memory.params if self._apart else ()):
                 mean.zero_()

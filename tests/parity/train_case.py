@@ -165,8 +165,9 @@ def main():
     job = paceline.job()
     for setting in args.settings:
         model, opt = train(job, args.model, args.steps, **SETTINGS[setting])
+        got = result(model, opt)  # on all ranks: where a model is split, its parts are put together
         if job.main:
-            torch.save(result(model, opt), args.out / f"{setting}.pt")
+            torch.save(got, args.out / f"{setting}.pt")
 
 
 if __name__ == "__main__":

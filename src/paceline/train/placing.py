@@ -1,0 +1,143 @@
+"""Which placements a model gets on a mesh, and how they tell that a backward begins and ends.
+
+A model is cut inside its layers first (``tensor``), then into pieces (``fsdp``), or into stages whose blocks are cut (``pipeline``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from paceline.exchange.axes import Mesh
+from paceline.group.wire import Wire
+from paceline.place.torch_private import after_backward
+from paceline.train import adopt as adoption
+from paceline.train.split import Placement, Split, watch
+
+if TYPE_CHECKING:
+    from paceline.place.shard import Sharded
+    from paceline.place.tensor import TensorParallel
+
+Tell = Callable[..., None]
+"""Gets a model's label, the text of where everything is, and a drawing."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one replica, for torch.
+
+    Attributes:
+        mesh: With the axes of the strategy as dimensions, by kind; those of one rank are left out.
+        device: Of the model.
+    """
+
+    mesh: DeviceMesh
+    device: torch.device
+
+    def along(self, kind: str) -> DeviceMesh:
+        """The dimension of this axis."""
+        names = self.mesh.mesh_dim_names or ()
+        return self.mesh if len(names) == 1 else self.mesh[kind]
+
+
+@dataclass
+class Placed:
+    """One model with what it was split by.
+
+    Attributes:
+        parts: In the order in which they were applied.
+    """
+
+    label: str
+    model: nn.Module
+    parts: list[Placement] = field(default_factory=list)
+    sharded: Sharded | None = None
+
+    def stepped(self) -> None:
+        """An optimizer has stepped."""
+        if self.sharded is not None:
+            self.sharded.stepped()
+
+
+def place(
+    layout: Mesh,
+    group: Group,
+    label: str,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    split: Split,
+    wire: Wire,
+    tell: Tell,
+    hold: Callable[[str, nn.Module, Sequence[tuple[str, nn.Parameter]]], None],
+) -> Placed:
+    """Split one model in place.
+
+    Args:
+        layout: Where this rank stands.
+        group: Of this replica.
+        optimizers: Made before; those that hold its parameters go on with the parts.
+        split: Hears of backwards.
+        wire: Of all ranks.
+        tell: Hears where everything is.
+        hold: Hears what this rank holds of the model, as soon as that is known.
+
+    Raises:
+        AdoptError: PL5xx, the model cannot be split like this.
+    """
+    placed = Placed(label, model)
+    if layout.axis("tensor") is not None:
+        placed.parts.append(_cut_inside(layout, group, model, optimizers))
+    if layout.axis("fsdp") is not None:
+        placed.sharded = _shard(layout, group, model, optimizers, split)
+        placed.parts.append(placed.sharded)
+    own = placed.parts[-1].held if placed.parts else adoption.trainable(model, set())
+    held = [(f"{label}.{name}", p) for name, p in own]
+    hold(label, model, held)
+    if placed.sharded is None:
+        watch(held, _begin_and_end(split))
+    tell(label, "\n".join(part.describe() for part in placed.parts))
+    return placed
+
+
+def _begin_and_end(split: Split) -> Callable[[], None]:
+    def begin() -> None:
+        if not split.begun:
+            split.begin()
+            after_backward(split.end)
+
+    return begin
+
+
+def _cut_inside(layout: Mesh, group: Group, model: nn.Module, optimizers: Sequence[Optimizer]) -> TensorParallel:
+    from paceline.place.tensor import TensorParallel
+
+    axis = layout.axis("tensor")
+    assert axis is not None
+    tensor = TensorParallel(
+        group.along("tensor"), plan=axis.settings["plan"], loss_parallel=axis.settings["loss_parallel"]
+    )
+    tensor.place(model, optimizers)
+    return tensor
+
+
+def _shard(layout: Mesh, group: Group, model: nn.Module, optimizers: Sequence[Optimizer], split: Split) -> Sharded:
+    from paceline.place.shard import Sharded, after_sharded_backward
+
+    axis = layout.axis("fsdp")
+    assert axis is not None
+
+    def factor() -> float:
+        if not split.begun:
+            split.begin()
+            after_sharded_backward(split.end)
+        return split.factor()
+
+    sharded = Sharded(group.along("fsdp"), **axis.settings, factor=factor)
+    sharded.place(model, optimizers)
+    return sharded

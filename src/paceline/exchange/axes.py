@@ -11,7 +11,7 @@ pipeline. What stands last may be an exchange between replicas, with its codec, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
@@ -310,4 +310,4 @@ def pipeline(
     return Axis("pipeline", ranks, {**given, "cuts": names}, text, about)
 
 
-AXES = {"fsdp": fsdp, "tensor": tensor, "pipeline": pipeline}
+AXES: dict[str, Callable[..., Axis]] = {"fsdp": fsdp, "tensor": tensor, "pipeline": pipeline}

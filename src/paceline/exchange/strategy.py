@@ -34,7 +34,8 @@ DEEPEST = 20  # calls and lists in each other
 MOST = 20  # factors
 _WORD_1F1B = re.compile(r"(?<![\w'\"])1f1b(?![\w'\"])")  # a word to everybody but Python
 
-_ALL: dict[str, Callable[..., Exchange | Axis]] = {**RECIPES, **AXES}
+_ALL: dict[str, Callable[..., Any]] = {**RECIPES, **AXES}
+"""What factors may mean."""
 
 _VALUES: dict[str, Callable[..., Any]] = {**CODECS, **LATE, **MERGES, **CADENCES, **RECIPES}
 """What calls among the arguments of a recipe may mean."""

@@ -27,4 +27,10 @@ SPLIT: dict[str, Explanation] = {
         "`job.adopt`.",
         "`model, opt, train = job.adopt(model, opt, train)`.",
     ),
+    "PL511": Explanation(
+        "there is no room for this training",
+        "Before the first step it is added up what is certain to be needed: a gradient for each parameter, and the state of the "
+        "optimizer, for all ranks of the machine. It is more than the machine, or the control group of the processes, has left.",
+        "fsdp() cuts parameters, gradients and state among the ranks; or use fewer ranks, a smaller model, SGD instead of AdamW.",
+    ),
 }

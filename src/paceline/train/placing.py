@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from paceline.exchange.axes import Mesh
@@ -75,6 +76,7 @@ def place(
     wire: Wire,
     tell: Tell,
     hold: Callable[[str, nn.Module, Sequence[tuple[str, nn.Parameter]]], None],
+    shards: Wire | None = None,
 ) -> Placed:
     """Split one model in place.
 
@@ -86,6 +88,7 @@ def place(
         wire: Of all ranks.
         tell: Hears where everything is.
         hold: Hears what this rank holds of the model, as soon as that is known.
+        shards: Between the ranks of an ``fsdp`` axis, where they share memory.
 
     Raises:
         AdoptError: PL5xx, the model cannot be split like this.
@@ -94,7 +97,7 @@ def place(
     if layout.axis("tensor") is not None:
         placed.parts.append(_cut_inside(layout, group, model, optimizers))
     if layout.axis("fsdp") is not None:
-        placed.sharded = _shard(layout, group, model, optimizers, split)
+        placed.sharded = _shard(layout, group, model, optimizers, split, shards)
         placed.parts.append(placed.sharded)
     own = placed.parts[-1].held if placed.parts else adoption.trainable(model, set())
     held = [(f"{label}.{name}", p) for name, p in own]
@@ -126,7 +129,14 @@ def _cut_inside(layout: Mesh, group: Group, model: nn.Module, optimizers: Sequen
     return tensor
 
 
-def _shard(layout: Mesh, group: Group, model: nn.Module, optimizers: Sequence[Optimizer], split: Split) -> Sharded:
+def _shard(
+    layout: Mesh,
+    group: Group,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    split: Split,
+    shards: Wire | None,
+) -> Sharded:
     from paceline.place.shard import Sharded, after_sharded_backward
 
     axis = layout.axis("fsdp")
@@ -138,6 +148,14 @@ def _shard(layout: Mesh, group: Group, model: nn.Module, optimizers: Sequence[Op
             after_sharded_backward(split.end)
         return split.factor()
 
-    sharded = Sharded(group.along("fsdp"), **axis.settings, factor=factor)
+    settings = {**axis.settings, "precision": _policy(axis.settings["precision"])}
+    sharded = Sharded(group.along("fsdp"), **settings, factor=factor, wire=shards)
     sharded.place(model, optimizers)
     return sharded
+
+
+def _policy(precision: str | None) -> MixedPrecisionPolicy | None:
+    if precision is None:
+        return None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)

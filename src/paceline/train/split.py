@@ -222,7 +222,7 @@ def watch(
     def on_gradient(grad: Tensor) -> None:
         begin()
 
-    return [p.register_hook(on_gradient) for _, p in held]
+    return [p.register_hook(on_gradient) for _, p in held]  # type: ignore[no-untyped-call]
 
 
 def _roll(wire: Wire, n: int) -> Buffer:

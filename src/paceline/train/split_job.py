@@ -79,6 +79,7 @@ class SplitJob(Job):
         self._mesh = self._lay_out(self._exchange)
         self._split: Split | None = None
         self._between: SplitExchanging | None = None
+        self._shards: Wire | None = None
         self._group: Group | None = None
         self._placed: list[placing.Placed] = []
         self._whole: trees.Tree | None = None
@@ -126,7 +127,8 @@ class SplitJob(Job):
             self._saving.open(self.together, False)
             self._begin(adoption.device_of(self._models))
         self._saving.adopted(new, given)
-        self.together(lambda wire: adoption.agree(wire, new, given.optimizers, given.loaders))
+        parts = self._mesh.inner // self._mesh.along("ddp")
+        self.together(lambda wire: adoption.agree(wire, new, given.optimizers, given.loaders, parts))
         self.together(lambda wire: adoption.start_equal(wire, new, given.optimizers))
         self._refuse_late(new, given.optimizers)
         for label, model in new.items():
@@ -153,6 +155,8 @@ class SplitJob(Job):
         self._group = self._groups.replica(device, layout)
         world = wire = self._wire
         peers, rounds = [], None
+        if layout.axis("fsdp") is not None and world.name == "shm":
+            self._shards = self._groups.peers(device, layout.groups("fsdp"), world)
         inside = layout.axis("ddp")
         if inside is not None:
             peers.append(
@@ -201,7 +205,16 @@ class SplitJob(Job):
         if not any(p.requires_grad for p in model.parameters()):
             return
         placed = placing.place(
-            self._mesh, self._group, label, model, optimizers, self._split, self._wire, self._tell, self._hold
+            self._mesh,
+            self._group,
+            label,
+            model,
+            optimizers,
+            self._split,
+            self._wire,
+            self._tell,
+            self._hold,
+            self._shards,
         )
         self._placed.append(placed)
         self._states.of_model(model)

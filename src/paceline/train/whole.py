@@ -72,10 +72,10 @@ class States:
 
     def of_model(self, model: nn.Module) -> None:
         """Give whole states of this model."""
-        model.register_state_dict_post_hook(
-            partial(self._after_model)
-        )  # torch marks the hook, which a method does not allow
-        model.register_load_state_dict_pre_hook(partial(self._before_load))
+        after: Any = partial(self._after_model)  # torch marks it, which a method does not allow
+        hooked: Any = model
+        hooked.register_state_dict_post_hook(after)
+        hooked.register_load_state_dict_pre_hook(partial(self._before_load))
 
     def of_optimizer(self, optimizer: Optimizer) -> None:
         """Give whole states of this optimizer."""

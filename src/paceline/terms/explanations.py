@@ -426,6 +426,35 @@ EXPLANATIONS: dict[str, Explanation] = {
         "counts as lost, like one that was killed, and is replaced.",
         "something called `os._exit(0)`, or a library ended the process; to end a script early, `sys.exit()` lets the job finish.",
     ),
+    "PL540": Explanation(
+        "no tensor-parallel plan could be derived",
+        "`tensor(n)` learns how a model hangs together by running it once on torch's meta device, where tensors have shapes and no "
+        "values. The inputs of this model could not be guessed from its first layers, or its forward decides by values.",
+        "say how its layers are to be split: plan={'*.up': 'column', '*.down': 'row'}.",
+    ),
+    "PL541": Explanation(
+        "nothing in the model can be split by that many ranks",
+        "Attention is split by heads, other layers by features, tables by words. Here no layer has enough of these, or its heads cannot "
+        "be shared evenly. The message gives the reason for each layer.",
+        "take a number of ranks that divides the heads, or `ddp` or `fsdp` for this model.",
+    ),
+    "PL542": Explanation(
+        "the tensor-parallel plan is not understood",
+        "A pattern of the plan fits no parameter and no layer of the model, or the word beside it is none that is known.",
+        "patterns are those of fnmatch, over names as in model.named_parameters(); the words are column, row, vocab and replicate.",
+    ),
+    "PL543": Explanation(
+        "a layer cannot be split as the plan asks",
+        "The dim that would be cut is shorter than the number of ranks, or there is no rule for a layer of this kind.",
+        "take this pattern out of the plan, or say 'replicate'.",
+    ),
+    "PL544": Explanation(
+        "a split activation cannot be used like this",
+        "Under tensor parallelism the activations inside a layer are held in parts. Most functions of torch work on them, and where "
+        "one does not the activation is made whole. A few uses would make gradients wrong without a word: an autograd Function of "
+        "your own, a change in place that has no rule, a parameter that is used outside of its model.",
+        "hold the layer that makes this activation whole: plan={'NAME': 'replicate'}.",
+    ),
     # ---- PL6xx: files ---------------------------------------------------------------------------------------------
     "PL601": Explanation(
         "the run directory cannot be written",

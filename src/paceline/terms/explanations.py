@@ -419,57 +419,6 @@ EXPLANATIONS: dict[str, Explanation] = {
         "counts as lost, like one that was killed, and is replaced.",
         "something called `os._exit(0)`, or a library ended the process; to end a script early, `sys.exit()` lets the job finish.",
     ),
-    "PL550": Explanation(
-        "sharding cannot be had as asked",
-        "A model is split over one dimension of the mesh, in stage 1, 2 or 3, and its activations are recomputed for blocks, for "
-        "none, or automatically.",
-        "see the message for the value and what it may be.",
-    ),
-    "PL551": Explanation(
-        "a model that cannot be split over ranks",
-        "Sharding cuts every parameter along its rows and puts another one in its place. The message names what has no rows, "
-        "carries something that would be lost, or is distributed already. Nothing was changed.",
-        "change the model where the message says, or use `ddp`.",
-    ),
-    "PL552": Explanation(
-        "parameters of several types in one unit",
-        "The gradients of a unit are summed together, which needs one type. Nothing is converted without being asked.",
-        "convert the model to one type before job.adopt, or use `ddp`.",
-    ),
-    "PL553": Explanation(
-        "a precision that changes more than it says",
-        "Lower precision changes the loss, so all of it must be asked for: in which type the model computes, and in which type "
-        "gradients are summed over ranks.",
-        "give both types, and a model in float32.",
-    ),
-    "PL554": Explanation(
-        "there is nothing to offload from",
-        "Offloading keeps the parts of a model in the memory of the CPU while an accelerator computes. This run computes on the CPU.",
-        "leave out the offloading.",
-    ),
-    "PL555": Explanation(
-        "an optimizer that needs whole parameters",
-        "Under sharding an optimizer sees a part of each parameter. One that treats every number for itself computes the same on "
-        "parts; this one does not, and it does not work on split tensors either.",
-        "use an optimizer such as AdamW or SGD, or use `ddp`.",
-    ),
-    "PL556": Explanation(
-        "a gradient came when its unit had been summed",
-        "The gradients of a unit are summed over ranks as soon as backward leaves the unit. One came later, or within another "
-        "backward pass, and would have been lost.",
-        "call the model before anything else that uses its parameters, and checkpoint with use_reentrant=False.",
-    ),
-    "PL557": Explanation(
-        "a parameter was read before it exists",
-        "The model is built in parts: each rank keeps its own rows of the large parameters, so their values cannot be looked at "
-        "while the model is built. Setting them, by any of torch.nn.init and by scaling and filling, is fine.",
-        "read values after job.adopt, or build the model whole.",
-    ),
-    "PL558": Explanation(
-        "batch normalisation over too few numbers",
-        "In training the variance of a channel is that of all rows of the global batch, and one value has none.",
-        "train with batches of more than one value per channel.",
-    ),
     # ---- PL6xx: files ---------------------------------------------------------------------------------------------
     "PL601": Explanation(
         "the run directory cannot be written",

@@ -1,0 +1,117 @@
+"""Inputs for a trial of a model that nobody has described: shapes are read off its first layers, on the meta device.
+
+1. An example that was given: a batch as the loader makes it.
+2. A model of the Hugging Face kind says what it reads (``main_input_name``) and how large (``config``).
+3. Else the first layer says the type and the width; every required argument of ``forward`` gets the same tensor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH, TIMES, SIDES = 2, (8, 4, 16, 1), (32, 28, 8, 64, 224)
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def probes(model: nn.Module, example: Any = None) -> Iterator[Call]:
+    """Arguments to try, on the meta device, most likely first."""
+    if example is not None:
+        yield from _from_example(_meta(example))
+    yield from _from_config(model)
+    required = _required(model)
+    for tensor in _from_layers(model):
+        yield (tensor,) * required, {}
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {key: _meta(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_meta(each) for each in value)
+    return value
+
+
+def _from_example(example: Any) -> Iterator[Call]:
+    if isinstance(example, dict):
+        yield (), example
+        yield (example,), {}
+    elif isinstance(example, tuple):
+        for count in range(1, len(example) + 1):
+            yield example[:count], {}
+    else:
+        yield (example,), {}
+
+
+def _from_config(model: nn.Module) -> Iterator[Call]:
+    config, reads = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or not isinstance(reads, str):
+        return
+    if reads == "input_ids":
+        for time in TIMES:
+            yield (), {reads: _ids(time)}
+            yield (), {reads: _ids(time), "decoder_input_ids": _ids(time)}
+    side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if reads == "pixel_values" and side is not None:
+        shape = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
+        yield (), {reads: torch.empty((BATCH, channels, *shape), device="meta")}
+
+
+def _ids(time: int) -> Tensor:
+    return torch.empty((BATCH, time), dtype=torch.long, device="meta")
+
+
+def _required(model: nn.Module) -> int:
+    """How many arguments ``forward`` needs."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters))
+
+
+def _from_layers(model: nn.Module) -> Iterator[Tensor]:
+    own = [p for p in model.parameters(recurse=False) if p.dim() > 1]
+    times = dict.fromkeys([*(size for p in own for size in p.shape[:-1] if size > 1), *TIMES])
+    for module in _first_layers(model):
+        dtype = next(module.parameters()).dtype
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            yield from (_ids(time) for time in times)
+            return
+        if isinstance(module, nn.modules.conv._ConvNd):
+            rank = len(module.kernel_size)
+            for side in SIDES:
+                yield torch.empty((BATCH, module.in_channels, *(side,) * rank), dtype=dtype, device="meta")
+            return
+        width = _width(module)
+        if width is not None:
+            for shape in ((BATCH, width), *((BATCH, time, width) for time in times)):
+                yield torch.empty(shape, dtype=dtype, device="meta")
+            return
+
+
+def _first_layers(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) or any(True for _ in module.parameters(recurse=False)):
+            if module is not model or not any(True for _ in module.children()):
+                yield module
+
+
+def _width(module: nn.Module) -> int | None:
+    for name in ("in_features", "embed_dim", "input_size", "num_features"):
+        size = getattr(module, name, None)
+        if isinstance(size, int):
+            return size
+    shape = getattr(module, "normalized_shape", None)
+    if shape is not None:
+        return int(shape[-1])
+    weight = getattr(module, "weight", None)
+    return int(weight.shape[-1]) if isinstance(weight, Tensor) and weight.dim() == 1 else None

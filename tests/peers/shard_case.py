@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peers.shard_models import CASES, build, shares
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from paceline.group.shm_wire import ShmWire
 from paceline.group.store import UnixStore
 from paceline.place.shard import Sharded
+from peers.shard_models import CASES, build, shares
 from support.peers import Peer
 
 ROWS = 7  # of the global batch: divides by no number of ranks
@@ -100,7 +100,10 @@ def compare(
             part = shares(ROWS, peer.size)[peer.rank]
             mine, norms = train(name, opt, steps, part, {"mesh": mesh, "wire": shared, **settings}, clip, accumulate)
             plain, expected = train(name, opt, steps, slice(0, ROWS), None, clip, accumulate)
-            found[str(case)] = [differ(mine, plain), max((abs(a - b) for a, b in zip(norms, expected, strict=True)), default=0)]
+            found[str(case)] = [
+                differ(mine, plain),
+                max((abs(a - b) for a, b in zip(norms, expected, strict=True)), default=0),
+            ]
     return found
 
 
@@ -109,6 +112,4 @@ def differ(mine: nn.Module, plain: nn.Module) -> float:
     names = [name for name, _ in mine.named_parameters()]
     assert names == list(expected)
     assert list(mine.state_dict()) == list(plain.state_dict())
-    return max(
-        float((Sharded.whole(p) - expected[name]).detach().abs().max()) for name, p in mine.named_parameters()
-    )
+    return max(float((Sharded.whole(p) - expected[name]).detach().abs().max()) for name, p in mine.named_parameters())

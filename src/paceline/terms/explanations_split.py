@@ -106,6 +106,7 @@ SPLIT: dict[str, Explanation] = {
         "batch normalisation over too few numbers",
         "In training the variance of a channel is that of all rows of the global batch, and one value has none.",
         "train with batches of more than one value per channel.",
+    ),
     "PL540": Explanation(
         "no tensor-parallel plan could be derived",
         "`tensor(n)` learns how a model hangs together by running it once on torch's meta device, where tensors have shapes and no "

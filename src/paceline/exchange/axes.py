@@ -191,6 +191,10 @@ def refuse_odd(axes: tuple[Axis, ...], text: str) -> None:
         )
         help = "pipeline(k) * tensor(m) * ddp() splits what fsdp would; fsdp(k) * ddp(m) needs no pipeline."
         raise UsageError("PL212", message, help=help)
+    if "fsdp" in kinds and "tensor" in kinds:
+        message = f"{text}: pieces of parts are not held by this version"
+        help = "tensor(k) * ddp(m) splits the large matrices, fsdp(k) * ddp(m) everything."
+        raise UsageError("PL212", message, help=help)
     if sum(axis.ranks is None for axis in axes) > 1:
         raise UsageError("PL212", f"{text}: two factors have no number of ranks", help="give one of them its number.")
 

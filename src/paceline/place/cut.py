@@ -29,16 +29,21 @@ class Stage:
     last: int
 
 
-def chain(model: nn.Module) -> list[str]:
+def chain(model: nn.Module, cuts: Sequence[str] = ()) -> list[str]:
     """Names of the modules between which the model may be cut: the children of its outermost containers.
 
     A container in a container is opened too. What is inside a block that is no container stays together, unless the model
     has no container at all outside of blocks.
+
+    Args:
+        cuts: Names that must be among them: whatever they are inside of is opened.
     """
     found: list[str] = []
 
     def walk(name: str, module: nn.Module, inside: bool) -> None:
-        opened = isinstance(module, CONTAINERS) and len(module) > 0
+        inside = inside or name in cuts
+        opened = isinstance(module, CONTAINERS) and len(module) > 0 and name not in cuts
+        opened = opened or any(c.startswith(f"{name}.") for c in cuts if name)
         if inside and not opened:
             found.append(name)
             return

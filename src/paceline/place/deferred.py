@@ -69,6 +69,7 @@ class Record:
         done: Backward has run.
         values: What is known of the values since then.
         outputs: The outputs themselves, where they are.
+        trip: What the pipeline remembers of the forward.
     """
 
     pipeline: Pipeline
@@ -78,6 +79,7 @@ class Record:
     done: bool = False
     values: dict[Ref, Tensor] = field(default_factory=dict)
     outputs: list[Tensor] | None = None
+    trip: Any = None
 
     def output(self, leaf: int) -> Deferred:
         """The deferred output with this number."""

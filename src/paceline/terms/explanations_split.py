@@ -113,4 +113,88 @@ SPLIT: dict[str, Explanation] = {
         "values. The inputs of this model could not be guessed from its first layers, or its forward decides by values.",
         "say how its layers are to be split: plan={'*.up': 'column', '*.down': 'row'}.",
     ),
+    "PL520": Explanation(
+        "a pipeline schedule that cannot be",
+        "The schedule is not known, or torch's schedule of that name does not work for this number of micro-batches and ranks: 1f1b "
+        "wants at least as many micro-batches as stages, the interleaved ones a multiple of their rounds.",
+        "use another number of micro-batches (a multiple of the number of ranks always works), or schedule=gpipe.",
+    ),
+    "PL521": Explanation(
+        "the model cannot be cut into that many stages",
+        "A pipeline cuts a model between blocks: the children of its nn.Sequential, nn.ModuleList or nn.ModuleDict, in the order in "
+        "which the forward calls them. There are fewer of them than stages, or the cuts that were named are not among them.",
+        "name cuts that the forward passes through (`cuts=(\"blocks.2\",)`), use fewer ranks, or fsdp(n), which cuts any model.",
+    ),
+    "PL522": Explanation(
+        "the forward needs the value of something that another stage holds",
+        "On every rank the model's own forward runs, and what other stages compute has a shape there and no value. The code between "
+        "the blocks has read such a value, written it into another tensor, or kept it from an earlier block in a place that the "
+        "pipeline does not see.",
+        "do it inside of a block, pass tensors from block to block as arguments, or use fsdp(n) or tensor(n) for this model.",
+    ),
+    "PL523": Explanation(
+        "the forward took another way than before",
+        "Which blocks are called in which order is found out once for each shape of inputs, and stages rely on it. Layers that are "
+        "dropped at random are one reason for a difference.",
+        "switch off layer dropping, or make the order of blocks the same in every step.",
+    ),
+    "PL524": Explanation(
+        "a deferred value was read before backward",
+        "Under a pipeline `model(x)` returns tensors whose values are computed when `loss.backward()` is called: the batch passes "
+        "through the stages then. Reading them earlier (`loss.item()`, `if loss > 3`, `print(float(loss))`) is not possible.",
+        "read the loss after `loss.backward()`; to compute outputs without training, call the model under torch.no_grad().",
+    ),
+    "PL525": Explanation(
+        "a large deferred value was read where it is not",
+        "After backward every rank of a pipeline knows all numbers that were made before it, and outputs of up to 1 MiB. "
+        "Larger outputs stay on the last stage.",
+        "compute what you need of the outputs (an accuracy, a mean) before `loss.backward()` and read it afterwards.",
+    ),
+    "PL526": Explanation(
+        "a parameter of another stage cannot be saved here",
+        "`model.state_dict()` has all names under a pipeline, but a rank has the values of its own stage only.",
+        "use `job.export(path)` for the whole model, or a checkpoint of the run.",
+    ),
+    "PL527": Explanation(
+        "a parameter cannot be handed to another stage",
+        "When a model is cut, each rank gives up the parameters of the other stages. Something still holds on to one of them: the "
+        "graph of an earlier forward, a hook, or a weak reference.",
+        "let the first forward of the model be the one inside of the training loop.",
+    ),
+    "PL528": Explanation(
+        "the loss cannot be deferred",
+        "What is done with the outputs of the model before `loss.backward()` is recorded and carried out on the last stage. The "
+        "message names an operation for which that is not possible.",
+        "compute the loss from the model's outputs and the batch, and call `loss.backward()` once.",
+    ),
+    "PL529": Explanation(
+        "one forward, one backward",
+        "Under a pipeline a batch passes through all stages, forwards and backwards, when `loss.backward()` is called. It cannot "
+        "pass backwards twice, and two forwards cannot share a backward.",
+        "add up losses before calling backward once; call the model again for another batch.",
+    ),
+    "PL530": Explanation(
+        "a batch with fewer rows than micro-batches",
+        "A pipeline cuts each batch into micro-batches of at least one row. Micro-batches need not be equal, but none can be empty.",
+        "use a larger batch, fewer micro-batches, or `drop_last=True` for a short last batch.",
+    ),
+    "PL531": Explanation(
+        "the loss is no sum over rows",
+        "Schedules other than gpipe and loopedbfs begin the backward of one micro-batch before the forward of another, so the loss "
+        "must be a sum (or weighted mean) over rows of the batch. The first batch is computed both ways, and they differ, or the "
+        "loss combines rows: a contrastive loss, a maximum, a square root of a mean.",
+        "use schedule=gpipe, which computes every loss once on the whole batch.",
+    ),
+    "PL532": Explanation(
+        "the model does not treat rows of the batch one by one",
+        "The output of the model for a whole batch is not the outputs for its pieces put together, in evaluation mode. So "
+        "micro-batches would change what it computes. Perhaps rows are not the first dimension of its inputs, or an argument "
+        "that is no batch has as many rows as one.",
+        "put the batch first in all inputs; expand masks to the batch; or use fsdp(n) or tensor(n) for this model.",
+    ),
+    "PL533": Explanation(
+        "an output of the model that cannot be put together from micro-batches",
+        "Under a pipeline each output must have one dimension that grows with the batch, or be a number computed after the last block.",
+        "return the batch in one dimension of each output.",
+    ),
 }

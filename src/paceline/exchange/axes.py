@@ -23,8 +23,7 @@ Kind = Literal["fsdp", "tensor", "pipeline", "ddp"]
 
 MOST_RANKS = 4096
 MOST_MICROBATCHES = 4096
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "looped_bfs")
-LOOPED = ("interleaved", "zero_bubble", "looped_bfs")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "loopedbfs", "zero_bubble", "interleaved_zero_bubble")
 RECOMPUTE = ("none", "auto", "blocks")
 PRECISIONS = ("bf16", "fp16")
 HOW = ("column", "row", "vocab", "replicate")
@@ -293,7 +292,8 @@ def pipeline(
     Args:
         ranks: Over how many; all that the other factors leave by default.
         schedule: ``gpipe``: all forwards, then all backwards, and the loss sees the whole batch at once; ``1f1b``: the same in less
-            memory; ``interleaved``, ``zero_bubble``, ``looped_bfs``: several stages on each rank, less waiting.
+            memory; ``interleaved``, ``loopedbfs``, ``zero_bubble``, ``interleaved_zero_bubble``: several stages on each rank, less
+            waiting.
         microbatches: Into how many parts each replica's batch is cut; twice the number of ranks by default.
         cuts: Where to cut, as the names of the blocks that begin a stage: ``"blocks.2, blocks.5"``; measured by default.
         stages: On each rank, where the schedule has several.

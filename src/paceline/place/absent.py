@@ -21,7 +21,9 @@ from torch.utils import _pytree as tree
 from paceline.terms.errors import StepError
 
 META = torch.device("meta")
-_READS = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"})
+_READS = frozenset(
+    {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
+)
 _SAVES = frozenset({"__reduce_ex__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"})
 _LIKE = frozenset(
     {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}

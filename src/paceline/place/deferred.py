@@ -25,9 +25,15 @@ from paceline.terms.errors import StepError
 SHARED_NBYTES = 1 << 20
 """Outputs up to this size are sent to every rank of the pipeline after each backward."""
 
-_READS = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"})
-_PLAIN = frozenset({"size", "dim", "numel", "stride", "__len__", "is_floating_point", "is_complex", "ndimension", "nelement"})
-_PLAIN_TOO = frozenset({"element_size", "is_contiguous", "get_device", "__hash__", "is_signed", "storage_offset", "type"})
+_READS = frozenset(
+    {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
+)
+_PLAIN = frozenset(
+    {"size", "dim", "numel", "stride", "__len__", "is_floating_point", "is_complex", "ndimension", "nelement"}
+)
+_PLAIN_TOO = frozenset(
+    {"element_size", "is_contiguous", "get_device", "__hash__", "is_signed", "storage_offset", "type"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,11 @@ class Record:
             node = todo.pop()
             if node >= 0 and node not in wanted:
                 wanted.add(node)
-                todo += [a.node for a in tree.tree_leaves((self.nodes[node].args, self.nodes[node].kwargs)) if isinstance(a, Ref)]
+                todo += [
+                    a.node
+                    for a in tree.tree_leaves((self.nodes[node].args, self.nodes[node].kwargs))
+                    if isinstance(a, Ref)
+                ]
         return sorted(wanted)
 
     def evaluate(self, outputs: Sequence[Tensor], refs: Sequence[Ref]) -> dict[Ref, Tensor]:
@@ -223,9 +233,17 @@ def _attribute(func: Any, name: str, first: Deferred, args: Any) -> Any:
     if what == "is_leaf":
         return False
     if what in ("T", "mT", "H", "mH", "real", "imag", "data"):
-        steps = {"data": torch.Tensor.detach, "T": lambda t: t.T, "mT": lambda t: t.mT, "H": lambda t: t.H, "mH": lambda t: t.mH}
+        steps = {
+            "data": torch.Tensor.detach,
+            "T": lambda t: t.T,
+            "mT": lambda t: t.mT,
+            "H": lambda t: t.H,
+            "mH": lambda t: t.mH,
+        }
         step = steps.get(what) or (lambda t: getattr(t, what))
-        return _after(step, first, (first,), {}) if first.record.done else _record(step, what, first.record, (first,), {})
+        return (
+            _after(step, first, (first,), {}) if first.record.done else _record(step, what, first.record, (first,), {})
+        )
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args)
 
@@ -278,14 +296,18 @@ def _record(func: Any, name: str, record: Record, args: Any, kwargs: Any) -> Any
         return result
     record.nodes.append(Node(func, *refs, metas))
     number = len(record.nodes) - 1
-    made = [Deferred(leaf, record, Ref(number, i)) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
+    made = [
+        Deferred(leaf, record, Ref(number, i)) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)
+    ]
     return tree.tree_unflatten(made, spec)
 
 
 def _check(a: Tensor, record: Record) -> None:
     if isinstance(a, Deferred):
         if a.record is not record:
-            raise StepError("PL529", "a loss is made from two forwards of the model", help="call the model once for each backward.")
+            raise StepError(
+                "PL529", "a loss is made from two forwards of the model", help="call the model once for each backward."
+            )
         if a.version != a.meta._version:
             raise StepError("PL528", "a deferred tensor was changed in place while another one shared its memory")
     elif isinstance(a, Absent):

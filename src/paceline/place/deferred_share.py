@@ -31,8 +31,12 @@ _ELEMENTWISE = (
 )
 _BY_CLASS = (F.cross_entropy, F.nll_loss)
 _NAMES = {function.__name__: function for function in (*_ELEMENTWISE, *_BY_CLASS)}
-_LINEAR = frozenset({"add", "sub", "__add__", "__radd__", "__sub__", "__rsub__", "__iadd__", "__isub__", "add_", "sub_", "rsub"})
-_SCALED = frozenset({"mul", "div", "__mul__", "__rmul__", "__truediv__", "__imul__", "__itruediv__", "mul_", "div_", "true_divide"})
+_LINEAR = frozenset(
+    {"add", "sub", "__add__", "__radd__", "__sub__", "__rsub__", "__iadd__", "__isub__", "add_", "sub_", "rsub"}
+)
+_SCALED = frozenset(
+    {"mul", "div", "__mul__", "__rmul__", "__truediv__", "__imul__", "__itruediv__", "mul_", "div_", "true_divide"}
+)
 _KEPT = frozenset(
     {"neg", "__neg__", "to", "float", "double", "half", "bfloat16", "contiguous", "clone", "view", "reshape", "squeeze"}
     | {"unsqueeze", "sum", "mean", "stack", "cat", "__getitem__", "flatten", "positive", "type_as", "expand"}
@@ -112,7 +116,10 @@ def _carry_out(record: Record, node: Node, known: dict[Ref, _Value], rows: Slice
         result = call(node, _fitting(name, args, node, rows), kwargs)
     except RuntimeError as error:
         raise _no_sum(f"{name} does not work on a part of the rows ({error})") from error
-    return [_classify(name, v, meta, args, record, node, rows) for v, meta in zip(tree.tree_leaves(result), node.metas, strict=True)]
+    return [
+        _classify(name, v, meta, args, record, node, rows)
+        for v, meta in zip(tree.tree_leaves(result), node.metas, strict=True)
+    ]
 
 
 def _for_rows(a: Any, known: dict[Ref, _Value], rows: Slice) -> Any:
@@ -156,7 +163,9 @@ def _of_sums(node: Node, name: str, known: dict[Ref, _Value], rows: Slice) -> li
     """Operations on numbers that are sums."""
     if name in _LINEAR:  # a constant is added once, not once for each part
         args, kwargs = tree.tree_map(
-            lambda a: known[a].value if isinstance(a, Ref) else a * rows.portion if isinstance(a, Tensor | float | int) else a,
+            lambda a: (
+                known[a].value if isinstance(a, Ref) else a * rows.portion if isinstance(a, Tensor | float | int) else a
+            ),
             (node.args, node.kwargs),
         )
         if node.kwargs.get("alpha") is not None:

@@ -201,7 +201,9 @@ class Pipeline:
         route = self.sketches.route(args, kwargs)
         leaves, found = tree.tree_leaves(route.output), set(dependent(route.output))
         if any(isinstance(t, Tensor) and i not in found for i, t in enumerate(leaves)):
-            route = self.sketches.route(args, kwargs, anew=True)  # what depends on inputs alone is not the same in each batch
+            route = self.sketches.route(
+                args, kwargs, anew=True
+            )  # what depends on inputs alone is not the same in each batch
         return route
 
     def _trip(self, batch: Batch, whole: Route) -> Trip:
@@ -211,7 +213,9 @@ class Pipeline:
                 by_size[size] = whole if batch.count == 1 else self.sketches.route(*batch.piece(micro))
         self._passes += 1
         key = self.sketches.key(batch.args, batch.kwargs)
-        return Trip(batch, whole, [by_size[size] for size in batch.sizes], key, self._passes, "outputs", autocast=_autocast())
+        return Trip(
+            batch, whole, [by_size[size] for size in batch.sizes], key, self._passes, "outputs", autocast=_autocast()
+        )
 
     def _mode(self, trip: Trip) -> str:
         """Whether something that the model returns is there for a whole batch only."""
@@ -226,7 +230,10 @@ class Pipeline:
         trip.mode = self._mode(trip)
         leaves, spec = tree.tree_flatten(whole.output)
         deferred = dependent(whole.output)
-        metas = [leaves[i].meta if isinstance(leaves[i], Absent) else torch.empty_like(leaves[i], device="meta") for i in deferred]
+        metas = [
+            leaves[i].meta if isinstance(leaves[i], Absent) else torch.empty_like(leaves[i], device="meta")
+            for i in deferred
+        ]
         record = Record(self, self.device, metas)
         record.trip = trip
         for number, i in enumerate(deferred):
@@ -306,12 +313,19 @@ class Pipeline:
         scalars = record.scalars()
         last = self.post.rank == self._last_rank
         values = [float(trip.values[ref].detach()) for ref in scalars] if last else [0.0] * len(scalars)
-        found = self.post.share(torch.tensor([*values, float(bool(fault))], dtype=torch.float64), self._last_rank).tolist()
+        found = self.post.share(
+            torch.tensor([*values, float(bool(fault))], dtype=torch.float64), self._last_rank
+        ).tolist()
         if found[-1]:
-            raise StepError("PL531", f"schedule={self.schedule.name} needs a loss that is a sum over rows: {fault or 'see the last stage'}")
+            raise StepError(
+                "PL531",
+                f"schedule={self.schedule.name} needs a loss that is a sum over rows: {fault or 'see the last stage'}",
+            )
         for ref, value in zip(scalars, found, strict=False):
             meta = record.meta(ref)
-            record.values[ref] = torch.full(tuple(meta.shape), value, dtype=torch.float64, device=self.device).to(meta.dtype)
+            record.values[ref] = torch.full(tuple(meta.shape), value, dtype=torch.float64, device=self.device).to(
+                meta.dtype
+            )
         if sum(t.numel() * t.element_size() for t in record.leaves) <= SHARED_NBYTES:
             outputs = trip.outputs if last else None
             record.outputs = self._shared([t.shape for t in record.leaves], outputs)

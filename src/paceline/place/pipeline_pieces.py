@@ -89,7 +89,9 @@ def _sign(leaf: Any) -> Hashable:
 def dependent(output: Any) -> list[int]:
     """Which leaves of a sketch's output depend on parameters."""
     leaves = tree.tree_leaves(output)
-    return [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and (isinstance(t, Absent) or "_label" in t.__dict__)]
+    return [
+        i for i, t in enumerate(leaves) if isinstance(t, Tensor) and (isinstance(t, Absent) or "_label" in t.__dict__)
+    ]
 
 
 def row_dim(whole: Sequence[int], part: Sequence[int], what: str) -> int | None:

@@ -257,7 +257,10 @@ class Runner:
         if stage:
             local = self._local.pop((Kind.FORWARD, stage, micro), None)
             if local is not None:
-                values, needs = [t.detach() for t in local if t is not None], [bool(t is not None and t.requires_grad) for t in local]
+                values, needs = (
+                    [t.detach() for t in local if t is not None],
+                    [bool(t is not None and t.requires_grad) for t in local],
+                )
             else:
                 forms, under_way = self._incoming.pop((Kind.FORWARD, stage, micro))
                 values, needs = [self.post.wait(w) for w in under_way], [f.needs_grad for f in forms]

@@ -68,7 +68,9 @@ def _gated(cls: type[nn.Module]) -> type[nn.Module]:
             return cls.__call__(self, *args, **kwargs)
         return gates.walk.visit(self, lambda *a, **k: cls.__call__(self, *a, **k), args, kwargs)
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return type(
+        cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )
 
 
 # ---- what a sketch finds --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A model is cut inside its layers first (``tensor``), then into pieces (``fsdp``)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,9 +25,13 @@ from paceline.train.split import Placement, Split, watch
 if TYPE_CHECKING:
     from paceline.place.shard import Sharded
     from paceline.place.tensor import TensorParallel
+    from paceline.train.stages import Staged
 
 Tell = Callable[..., None]
 """Gets a model's label, the text of where everything is, and a drawing."""
+
+Hold = Callable[[str, nn.Module, Sequence[tuple[str, nn.Parameter]]], None]
+"""Gets a model's label, the model, and what this rank holds and trains of it, by label and name."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Placed:
     model: nn.Module
     parts: list[Placement] = field(default_factory=list)
     sharded: Sharded | None = None
+    staged: Staged | None = None
 
     def stepped(self) -> None:
         """An optimizer has stepped."""
@@ -75,7 +81,7 @@ def place(
     split: Split,
     wire: Wire,
     tell: Tell,
-    hold: Callable[[str, nn.Module, Sequence[tuple[str, nn.Parameter]]], None],
+    hold: Hold,
     shards: Wire | None = None,
 ) -> Placed:
     """Split one model in place.
@@ -94,6 +100,8 @@ def place(
         AdoptError: PL5xx, the model cannot be split like this.
     """
     placed = Placed(label, model)
+    if layout.axis("pipeline") is not None:
+        return _into_stages(layout, group, placed, optimizers, split, wire, tell, hold)
     if layout.axis("tensor") is not None:
         placed.parts.append(_cut_inside(layout, group, model, optimizers))
     if layout.axis("fsdp") is not None:
@@ -108,6 +116,76 @@ def place(
     return placed
 
 
+def _into_stages(
+    layout: Mesh,
+    group: Group,
+    placed: Placed,
+    optimizers: Sequence[Optimizer],
+    split: Split,
+    wire: Wire,
+    tell: Tell,
+    hold: Hold,
+) -> Placed:
+    """The model is cut at its first forward; what this rank holds is known then."""
+    from paceline.place.pipeline import Pipeline
+    from paceline.train.stages import Staged
+
+    axis = layout.axis("pipeline")
+    assert axis is not None
+    label, model = placed.label, placed.model
+    inside = _derived(layout, group, model)
+
+    def agree(costs: list[float]) -> list[float]:
+        said = wire.gather_bytes("costs of blocks", json.dumps(costs if wire.rank == 0 else []).encode())
+        agreed: list[float] = json.loads(said[0])
+        return agreed
+
+    def on_cut(pipeline: Pipeline) -> None:
+        staged.is_cut = True
+        if inside is not None:
+            pipeline.cut_inside(inside, optimizers)
+        hold(label, model, [(f"{label}.{name}", p) for name, p in pipeline.held if p.requires_grad])
+
+    def begin() -> None:
+        pipeline.unmark()
+        split.begin()
+
+    def end() -> None:
+        split.end()
+        if not told:
+            told.append(True)
+            tell(label, f"{pipeline.describe()}\n{pipeline.draw()}", pipeline.svg())
+
+    told: list[bool] = []
+    settings = axis.settings
+    ranks = layout.along("pipeline")
+    pipeline = Pipeline(
+        group.along("pipeline").get_group(),
+        group.device,
+        schedule=settings["schedule"],
+        microbatches=settings["microbatches"] or 2 * ranks,
+        cuts=settings["cuts"],
+        virtual_stages=settings["stages"],
+        seed=torch.initial_seed() % 2**32 + layout.replica,
+        on_begin=begin,
+        on_end=end,
+        on_cut=on_cut,
+        agree=agree,
+    )
+    placed.staged = staged = Staged(label, model, optimizers, pipeline)
+    pipeline.place(model, optimizers)
+    return placed
+
+
+def _derived(layout: Mesh, group: Group, model: nn.Module) -> TensorParallel | None:
+    """The plan by which the blocks of stages will be cut inside, found while the model is whole."""
+    if layout.axis("tensor") is None:
+        return None
+    tensor = _tensor_parallel(layout, group)
+    tensor.derive(model)
+    return tensor
+
+
 def _begin_and_end(split: Split) -> Callable[[], None]:
     def begin() -> None:
         if not split.begun:
@@ -118,15 +196,17 @@ def _begin_and_end(split: Split) -> Callable[[], None]:
 
 
 def _cut_inside(layout: Mesh, group: Group, model: nn.Module, optimizers: Sequence[Optimizer]) -> TensorParallel:
+    tensor = _tensor_parallel(layout, group)
+    tensor.place(model, optimizers)
+    return tensor
+
+
+def _tensor_parallel(layout: Mesh, group: Group) -> TensorParallel:
     from paceline.place.tensor import TensorParallel
 
     axis = layout.axis("tensor")
     assert axis is not None
-    tensor = TensorParallel(
-        group.along("tensor"), plan=axis.settings["plan"], loss_parallel=axis.settings["loss_parallel"]
-    )
-    tensor.place(model, optimizers)
-    return tensor
+    return TensorParallel(group.along("tensor"), **axis.settings)
 
 
 def _shard(

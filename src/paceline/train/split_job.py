@@ -217,7 +217,7 @@ class SplitJob(Job):
             self._shards,
         )
         self._placed.append(placed)
-        self._states.of_model(model)
+        self._states.of_model(model, placed.staged)
         if self.main and any(isinstance(m, _BatchNorm) for m in model.modules()) and self._mesh.readers > 1:
             for message in adoption.warnings({label: model}):
                 self._sink(Event("notice", 0, {"message": message}))
@@ -275,8 +275,7 @@ class SplitJob(Job):
     def _whole_tree(self) -> trees.Tree:
         """The state of the job as if it were not split, on rank 0; all ranks of its replica take part."""
         with self._states.in_parts():
-            tree = trees.capture(self._things())
-        return whole.gather(tree, self._placed, self.main)
+            return whole.gather(self._things(), self._placed, self.main)
 
     def export(self, path: str | Path) -> None:
         """See :meth:`Job.export`. The parts are put together, so all ranks call it, at the same place of the script."""

@@ -6,8 +6,9 @@ that no other rank ever holds more than one of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,20 +18,35 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from paceline.terms.errors import AdoptError
+from paceline.train import tree as trees
 from paceline.train.placing import Placed
-from paceline.train.state import named_state
-from paceline.train.tree import Tree
+from paceline.train.stages import Staged
+from paceline.train.state import neutral
 
 
-def gather(tree: Tree, placed: Sequence[Placed], keep: bool) -> Tree:
-    """`tree` without pieces.
+def gather(things: trees.Things, placed: Sequence[Placed], keep: bool) -> trees.Tree:
+    """The state of `things` as if nothing were split.
 
     Args:
-        tree: Of this rank, as ``tree.capture`` gives it.
         keep: This rank is to have the result; the others get empty tensors in its place.
     """
-    whole: Tree = _each(tree, keep)
-    return whole
+    staged = {p.label: p.staged for p in placed if p.staged is not None and p.staged.is_cut}
+    owners = {key: _owner(staged.values(), optimizer) for key, optimizer in things.optimizers.items()}
+    rest = replace(
+        things,
+        models={label: model for label, model in things.models.items() if label not in staged},
+        optimizers={key: optimizer for key, optimizer in things.optimizers.items() if owners[key] is None},
+    )
+    tree: trees.Tree = _each(trees.capture(rest), keep)
+    models = {label: stages.tree_of_model() for label, stages in staged.items()}
+    optimizers = {k: o.tree_of_optimizer(things.optimizers[k]) for k, o in owners.items() if o is not None}
+    tree["models"] = {label: models.get(label) or tree["models"][label] for label in things.models}
+    tree["optimizers"] = {key: optimizers.get(key) or tree["optimizers"][key] for key in things.optimizers}
+    return tree
+
+
+def _owner(staged: Iterable[Staged], optimizer: Optimizer) -> Staged | None:
+    return next((stages for stages in staged if stages.owns(optimizer)), None)
 
 
 def _each(value: Any, keep: bool) -> Any:
@@ -46,9 +62,15 @@ def _each(value: Any, keep: bool) -> Any:
 
 def named(models: Mapping[str, nn.Module], placed: Sequence[Placed], keep: bool) -> dict[str, Tensor]:
     """Parameters and persistent buffers of all models, whole, by neutral name; nothing where they are not kept."""
-    with torch.no_grad():
-        state: dict[str, Tensor] = _each(named_state(models), keep)
-    return state if keep else {}
+    staged = {p.label: p.staged for p in placed if p.staged is not None and p.staged.is_cut}
+    found: dict[str, Tensor] = {}
+    for label, model in models.items():
+        stages = staged.get(label)
+        with torch.no_grad():
+            state = stages.model_state(everywhere=False) if stages is not None else _each(model.state_dict(), keep)
+        prefix = "" if len(models) == 1 else f"{label}."
+        found |= {prefix + neutral(n): t.detach() for n, t in state.items() if isinstance(t, Tensor)} if keep else {}
+    return found
 
 
 # ---- what the script asks for ---------------------------------------------------------------------------------------
@@ -60,6 +82,11 @@ class States:
 
     def __init__(self) -> None:
         self._parts = False
+        self._staged: list[Staged] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> States:
+        """A copy of a model has hooks that ask this one."""
+        return self
 
     @contextmanager
     def in_parts(self) -> Iterator[None]:
@@ -70,9 +97,11 @@ class States:
         finally:
             self._parts = False
 
-    def of_model(self, model: nn.Module) -> None:
+    def of_model(self, model: nn.Module, staged: Staged | None) -> None:
         """Give whole states of this model."""
-        after: Any = partial(self._after_model)  # torch marks it, which a method does not allow
+        if staged is not None:
+            self._staged.append(staged)
+        after: Any = partial(self._after_model, staged)  # torch marks it, which a method does not allow
         hooked: Any = model
         hooked.register_state_dict_post_hook(after)
         hooked.register_load_state_dict_pre_hook(partial(self._before_load))
@@ -82,14 +111,24 @@ class States:
         optimizer.register_state_dict_post_hook(self._after_optimizer)
         optimizer.register_load_state_dict_pre_hook(self._before_load_optimizer)
 
-    def _after_model(self, module: nn.Module, state: dict[str, Any], prefix: str, about: dict[str, Any]) -> None:
-        if not self._parts:
+    def _after_model(
+        self, staged: Staged | None, module: nn.Module, state: dict[str, Any], prefix: str, about: dict[str, Any]
+    ) -> None:
+        if self._parts:
+            return
+        if staged is not None and staged.is_cut:
+            found = staged.model_state(everywhere=True)
+            state.update({prefix + name: t for name, t in found.items()})
+        else:
             for key in list(state):
                 state[key] = _each(state[key], True)
 
     def _after_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
         if self._parts:
             return None
+        stages = _owner((s for s in self._staged if s.is_cut), optimizer)
+        if stages is not None:
+            return stages.optimizer_state(optimizer)
         whole: dict[str, Any] = _each(state, True)
         return whole
 
@@ -100,6 +139,8 @@ class States:
                 state[prefix + name] = cut_like(p, given, name)
 
     def _before_load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        stages = _owner((s for s in self._staged if s.is_cut), optimizer)
+        state = stages.part_of(optimizer, state) if stages is not None else state
         params = [p for group in optimizer.param_groups for p in group["params"]]
         numbers = [n for group in state["param_groups"] for n in group["params"]]
         cut = dict(state["state"])

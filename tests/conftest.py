@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Under nohup hang-ups are ignored, by whatever a test starts too, which would then rightly not end.
     """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and of a background job interrupts are
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="pl-")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads otherwise spin against other processes

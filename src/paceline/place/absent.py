@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as tree
 
 from paceline.terms.errors import StepError
@@ -320,4 +321,6 @@ class Share(Tensor):
 
 
 def _parts(value: Any) -> Any:
-    return tree.tree_map_only(Share, lambda share: share.as_subclass(Tensor), value)
+    """Shares as what this rank knows; numbers of a gradient that is split inside its layer are known on all its ranks."""
+    parts = tree.tree_map_only(Share, lambda share: share.as_subclass(Tensor), value)
+    return tree.tree_map_only(DTensor, lambda number: number.full_tensor(), parts)

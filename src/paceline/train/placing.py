@@ -23,6 +23,7 @@ from paceline.train import adopt as adoption
 from paceline.train.split import Placement, Split, watch
 
 if TYPE_CHECKING:
+    from paceline.place.pipeline import Pipeline
     from paceline.place.shard import Sharded
     from paceline.place.tensor import TensorParallel
     from paceline.train.stages import Staged
@@ -143,7 +144,7 @@ def _into_stages(
     def on_cut(pipeline: Pipeline) -> None:
         staged.is_cut = True
         if inside is not None:
-            pipeline.cut_inside(inside, optimizers)
+            _cut_blocks(pipeline, inside, optimizers)
         hold(label, model, [(f"{label}.{name}", p) for name, p in pipeline.held if p.requires_grad])
 
     def begin() -> None:
@@ -184,6 +185,17 @@ def _derived(layout: Mesh, group: Group, model: nn.Module) -> TensorParallel | N
     tensor = _tensor_parallel(layout, group)
     tensor.derive(model)
     return tensor
+
+
+def _cut_blocks(pipeline: Pipeline, tensor: TensorParallel, optimizers: Sequence[Optimizer]) -> None:
+    """Cut the blocks of this rank's stages inside. What is outside of blocks stays whole on every rank that uses it."""
+    mine = [stage for stage in pipeline.parts.stages if stage.index in pipeline.stages]
+    names = [name for stage in mine for name in pipeline.parts.positions[stage.first : stage.last]]
+    tensor.place_modules({name: pipeline.model.get_submodule(name) for name in names}, optimizers)
+    now = dict(pipeline.model.named_parameters())
+    held = pipeline.setting.held
+    for stage, there in held.items():
+        held[stage] = [(name, now[name]) for name, _ in there]
 
 
 def _begin_and_end(split: Split) -> Callable[[], None]:

@@ -80,6 +80,7 @@ class SplitJob(Job):
         self._split: Split | None = None
         self._between: SplitExchanging | None = None
         self._shards: Wire | None = None
+        self._waiting: list[Optimizer] = []
         self._group: Group | None = None
         self._placed: list[placing.Placed] = []
         self._whole: trees.Tree | None = None
@@ -135,17 +136,23 @@ class SplitJob(Job):
             self._place_split(label, model, given.optimizers)
         assert self._exchange is not None
         assert self._wire is not None
+        later = self._between is not None and self._mesh.axis("pipeline") is not None  # its rounds ask who holds what
         for optimizer in given.optimizers:
-            names, part = self._neighbours, self._place.local_rank
-            self._steps.own(optimizer, self._between, self._exchange, self._wire, names, part)
-            optimizer.register_step_post_hook(self._stepped)
-            self._states.of_optimizer(optimizer)
+            self._waiting.append(optimizer) if later else self._own(optimizer)
         for scheduler in given.schedulers:
             self._steps.own_schedule(scheduler)
         if given.scalers:
             self._loop.report_nonfinite = False
         layout = self._mesh
         return {id(loader): self._loaders.own(loader, layout.reader, layout.readers) for loader in given.loaders}
+
+    def _own(self, optimizer: Optimizer) -> None:
+        assert self._exchange is not None
+        assert self._wire is not None
+        names, part = self._neighbours, self._place.local_rank
+        self._steps.own(optimizer, self._between, self._exchange, self._wire, names, part)
+        optimizer.register_step_post_hook(self._stepped)
+        self._states.of_optimizer(optimizer)
 
     def _begin(self, device: torch.device) -> None:
         """Groups, wires between replicas, and what keeps the books of gradients."""
@@ -228,6 +235,9 @@ class SplitJob(Job):
         self._split.add(model, held)
         if self._between is not None:
             self._between.add(label, model, held)
+        waiting, self._waiting = self._waiting, []
+        for optimizer in waiting:
+            self._own(optimizer)
 
     def _tell(self, label: str, text: str, svg: str = "") -> None:
         """Where everything is: for ``--explain``, once for each model."""

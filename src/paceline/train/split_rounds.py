@@ -108,6 +108,8 @@ class SplitExchanging(Exchanging):
         prefix = f"{label}."
         self.own_rounds.add(label, model, [(name.removeprefix(prefix), piece(p)) for name, p in held])
         self.settle()
+        if self._held is not None:  # the first round has begun, and no step was taken
+            self.own_rounds.begin()
 
 
 def _refuse(exchange: Exchange) -> None:

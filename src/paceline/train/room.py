@@ -7,6 +7,7 @@ come on top. So a run that is refused could not have ended well, and one that is
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,13 @@ def refuse_too_large(
         )
         message += f" - {_gib(freed)} that splitting frees" if freed else ""
         raise AdoptError("PL511", f"{message} = {_gib(need)} more, and {_gib(room)} are left")
+
+
+def give_back() -> None:
+    """Return freed memory to the system. The allocator keeps it otherwise: our launcher tells it to, because of speed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _state_of(optimizer: Optimizer, params: set[nn.Parameter]) -> tuple[int, float]:

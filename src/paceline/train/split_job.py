@@ -36,6 +36,7 @@ from paceline.train.loop import Loop
 from paceline.train.owned import OwnedSteps
 from paceline.train.peers import Named, Peers
 from paceline.train.placing import Group
+from paceline.train.room import give_back
 from paceline.train.saving import Saving
 from paceline.train.split import Split
 from paceline.train.split_rounds import SplitExchanging, SplitRounds
@@ -134,6 +135,7 @@ class SplitJob(Job):
         self._refuse_late(new, given.optimizers)
         for label, model in new.items():
             self._place_split(label, model, given.optimizers)
+        give_back()  # whole parameters
         assert self._exchange is not None
         assert self._wire is not None
         later = self._between is not None and self._mesh.axis("pipeline") is not None  # its rounds ask who holds what
@@ -231,6 +233,7 @@ class SplitJob(Job):
 
     def _hold(self, label: str, model: nn.Module, held: Named) -> None:
         """What this rank holds of a model is known."""
+        give_back()
         assert self._split is not None
         self._split.add(model, held)
         if self._between is not None:

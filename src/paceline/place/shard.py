@@ -72,6 +72,7 @@ class Sharded:
         shard_check.request(mesh, stage, offload)
         self.mesh, self.stage = mesh, stage
         self.held: list[tuple[str, nn.Parameter]] = []
+        self._params: list[tuple[str, nn.Parameter]] = []
         self.units: list[Unit] = []
         self._recompute, self._precision, self._offload = recompute, precision, offload
         self._ask = factor
@@ -145,15 +146,17 @@ class Sharded:
     def _prepare(self, model: nn.Module) -> None:
         """Gather each unit once: what backward accumulates into exists from then on, and can say that a gradient came."""
         self._comm.reserve(max(_gathered_nbytes(unit, self.mesh.size()) for unit in self.units))
-        self.held = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        index = {p: i for i, (_, p) in enumerate(self.held)}
-        self._arrived = [False] * len(self.held)
+        self._params = list(model.named_parameters())
+        self.held = [(name, p) for name, p in self._params if p.requires_grad]
+        index = {p: i for i, (_, p) in enumerate(self._params)}
+        self._arrived = [False] * len(self._params)
         for unit in self.units:
             head = cast(FSDPModule, unit.modules[0])
             head.unshard()
             for part, leaf in shard_torch.leaves(unit.modules[0]):
-                if part in index:
-                    leaf.register_post_accumulate_grad_hook(self._marker(index[part]))  # type: ignore[no-untyped-call]
+                leaf.requires_grad_(True)  # one that is frozen may thaw
+                leaf.register_post_accumulate_grad_hook(self._marker(index[part]))  # type: ignore[no-untyped-call]
+                leaf.requires_grad_(part.requires_grad)
             head.reshard()
 
     def _marker(self, i: int) -> Callable[[Tensor], None]:
@@ -183,6 +186,9 @@ class Sharded:
         if self._open is not None or shard_torch.broken(self._root):
             self._open = self._factor = None
             cast(FSDPModule, self._root).reset_iter_state()
+            for unit in self.units:
+                for _, leaf in shard_torch.leaves(unit.modules[0]):
+                    leaf.grad = None  # never summed
 
     def _show_shards(self) -> None:
         for unit in self.units:
@@ -194,8 +200,8 @@ class Sharded:
         if self._open is not None:
             return
         self._open = shard_torch.graph()
-        self._had = [p.grad is not None for _, p in self.held]
-        self._arrived[:] = [False] * len(self.held)
+        self._had = [p.grad is not None for _, p in self._params]
+        self._arrived[:] = [False] * len(self._params)
         for unit in self.units:
             shard_torch.show_whole(unit.modules[0])  # for blocks that are computed again
         shard_torch.closing(self._close)
@@ -219,12 +225,12 @@ class Sharded:
         for unit in self.units:
             for part, leaf in shard_torch.leaves(unit.modules[0]):
                 if leaf.grad is not None:
-                    name = next(name for name, p in self.held if p is part)
+                    name = next(name for name, p in self._params if p is part)
                     raise StepError("PL556", f"a gradient of {name!r} came after those of its unit had been summed")
         used = torch.tensor(self._arrived, dtype=torch.float32, device=self.mesh.device_type)
         if self.mesh.size() > 1:
             used = self._comm.count(used)
-        for (_, p), had, ranks in zip(self.held, self._had, used.tolist(), strict=True):
+        for (_, p), had, ranks in zip(self._params, self._had, used.tolist(), strict=True):
             if not had and ranks == 0:
                 p.grad = None
 

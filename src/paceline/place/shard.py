@@ -33,8 +33,9 @@ from paceline.place import shard_check, shard_step, shard_torch
 from paceline.place import shard_comm as comms
 from paceline.place.recompute import recompute, wanted
 from paceline.place.rewire import rewire
+from paceline.place.shard_deferred import Deferred
 from paceline.place.shard_torch import after_sharded_backward
-from paceline.place.shard_units import Unit, units_of
+from paceline.place.shard_units import Unit, part_of, units_of
 from paceline.terms.errors import StepError
 
 __all__ = ["Sharded", "after_sharded_backward"]
@@ -87,8 +88,11 @@ class Sharded:
         self._arrived: list[bool] = []
 
     # ---- placement --------------------------------------------------------------------------------------------------
-    def place(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+    def place(self, model: nn.Module, optimizers: Sequence[Optimizer] = (), deferred: Deferred | None = None) -> None:
         """Split `model` where it is, and let `optimizers` go on with its parts. All ranks call it together.
+
+        Args:
+            deferred: What the model was built in, where it is larger than this process's memory.
 
         Raises:
             AdoptError: PL551 for a parameter that cannot be split, PL552 for types that cannot be gathered together, PL553 for a
@@ -104,12 +108,14 @@ class Sharded:
         shard_check.model(model, self.units)
         before = dict(model.named_parameters(remove_duplicate=False))
         for p in before.values():
-            if not p.is_contiguous():
+            if not p.is_contiguous() and not p.is_meta:
                 p.data = p.data.contiguous()
         if again:
             self._recomputed = tuple(m for u in inner if u.block for m in u.modules)
             recompute(model, self._recomputed)
         for unit in self.units:
+            if deferred is not None:
+                deferred.restore(unit.modules)
             self._split(unit, policy)
         self._root = model
         self._prepare(model)
@@ -292,13 +298,6 @@ class Sharded:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         again = f"activations are computed again in {len(self._recomputed)} blocks" if self._recomputed else ""
         return "\n".join([*lines, *([again] if again else [])])
-
-
-def part_of(rows: int, size: int, rank: int) -> tuple[int, int]:
-    """First row, and number of rows, of rank's part of a dimension: equal parts, the last ones shorter or empty."""
-    each = -(-rows // size)
-    low = min(rank * each, rows)
-    return low, min(each, rows - low)
 
 
 def _own_views(module: nn.Module, args: Any, output: Any) -> Any:

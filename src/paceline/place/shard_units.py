@@ -139,3 +139,10 @@ def _read_by_others(module: nn.Module) -> bool:
 
 def _nbytes(module: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters())
+
+
+def part_of(rows: int, size: int, rank: int) -> tuple[int, int]:
+    """First row, and number of rows, of rank's part of a dimension: equal parts, the last ones shorter or empty."""
+    each = -(-rows // size)
+    low = min(rank * each, rows)
+    return low, min(each, rows - low)

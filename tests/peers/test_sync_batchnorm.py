@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peers.shard_case import mesh_of
 from torch import Tensor, nn
 
 from paceline.place.shard import Sharded
 from paceline.place.sync_batchnorm import convert
+from peers.shard_case import mesh_of
 from support.breadth import more
 from support.peers import Peer, outcome, run_peers
 from support.rendezvous import rendezvous

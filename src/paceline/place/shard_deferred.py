@@ -37,92 +37,25 @@ READERS = tuple(n for n in ("_no_grad_trunc_normal_", "dirac_", "orthogonal_", "
 LARGE = 1 << 20
 """Bytes of a parameter from which its rows are divided."""
 
-RANDOM = frozenset(
-    ["uniform_", "normal_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_"]
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LOCAL = _words(
+    "uniform_ normal_ random_ bernoulli_ exponential_ log_normal_ cauchy_ geometric_ fill_ zero_ copy_ mul_ add_ sub_ div_ neg_ abs_ "
+    "pow_ exp_ log_ sqrt_ rsqrt_ clamp_ clamp_min_ clamp_max_ erfinv_ erf_ eye index_put_ index_fill_ masked_fill_ sin_ cos_ tanh_ "
+    "sigmoid_ lerp_ addcmul_ addcdiv_ reciprocal_ round_ floor_ trunc_ sign_ nan_to_num_"
 )
-LOCAL = RANDOM | frozenset(
-    [
-        "fill_",
-        "zero_",
-        "copy_",
-        "mul_",
-        "add_",
-        "sub_",
-        "div_",
-        "neg_",
-        "abs_",
-        "pow_",
-        "exp_",
-        "log_",
-        "sqrt_",
-        "rsqrt_",
-        "clamp_",
-        "clamp_min_",
-        "clamp_max_",
-        "erfinv_",
-        "erf_",
-        "eye",
-        "sin_",
-        "cos_",
-        "tanh_",
-        "sigmoid_",
-        "lerp_",
-        "addcmul_",
-        "addcdiv_",
-        "masked_fill_",
-        "reciprocal_",
-        "round_",
-        "floor_",
-        "trunc_",
-        "sign_",
-        "nan_to_num_",
-    ]
+VIEWS = _words(
+    "view _unsafe_view reshape as_strided select slice narrow transpose t permute expand detach alias unsqueeze squeeze flatten "
+    "unflatten diagonal split chunk unbind movedim swapaxes _reshape_alias"
 )
-VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "as_strided",
-        "select",
-        "slice",
-        "narrow",
-        "transpose",
-        "t",
-        "permute",
-        "expand",
-        "detach",
-        "alias",
-        "unsqueeze",
-        "squeeze",
-        "flatten",
-        "unflatten",
-        "diagonal",
-        "split",
-        "chunk",
-        "unbind",
-        "movedim",
-        "swapaxes",
-        "_reshape_alias",
-    ]
+COPIES = _words("clone _to_copy")
+FRESH = _words(
+    "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_empty_strided"
 )
-COPIES = frozenset(["clone", "_to_copy"])
-FRESH = frozenset(
-    [
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty_strided",
-    ]
-)
-FREE = frozenset(["is_same_size", "_has_compatible_shallow_copy_type", "is_pinned", "set_data", "equal_size"])
+FREE = _words("is_same_size _has_compatible_shallow_copy_type is_pinned set_data")
 
 
 class _Rows:
@@ -155,25 +88,25 @@ class Deferred(TorchDispatchMode):
     """
 
     def __init__(self, size: int, rank: int, large: int = LARGE) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.rank, self.large = size, rank, large
         self._kept: dict[int, _Rows] = {}
         self._handle: Any = None
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> Deferred:
-        self._handle = register_module_parameter_registration_hook(self._registered)
+        self._handle = register_module_parameter_registration_hook(self._registered)  # type: ignore[arg-type]
         for name in READERS:
             self._originals[name] = getattr(nn.init, name)
             setattr(nn.init, name, self._on_whole(self._originals[name]))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *problem: Any) -> None:
         self._handle.remove()
         while self._originals:
             setattr(nn.init, *self._originals.popitem())
-        super().__exit__(*problem)
+        super().__exit__(*problem)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def drawn() -> str:
@@ -196,9 +129,12 @@ class Deferred(TorchDispatchMode):
         self._kept[meta.untyped_storage()._cdata] = _Rows(meta, rows, low)
 
     def _of(self, tensor: Any) -> _Rows | None:
-        if isinstance(tensor, Tensor) and tensor.device.type == "meta":
-            return self._kept.get(tensor.untyped_storage()._cdata)
-        return None
+        if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
+            return None
+        rows = self._kept.get(tensor.untyped_storage()._cdata)
+        if rows is not None and rows.dtype is not tensor.dtype:
+            raise AdoptError("PL557", f"the script looks at numbers of {rows.dtype} as if they were {tensor.dtype}")
+        return rows
 
     # ---- what the script does to them -----------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

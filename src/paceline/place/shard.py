@@ -35,7 +35,7 @@ from paceline.place.recompute import recompute, wanted
 from paceline.place.rewire import rewire
 from paceline.place.shard_deferred import Deferred
 from paceline.place.shard_torch import after_sharded_backward
-from paceline.place.shard_units import Unit, part_of, units_of
+from paceline.place.shard_units import Unit, composite, part_of, units_of
 from paceline.terms.errors import StepError
 
 __all__ = ["Sharded", "after_sharded_backward"]
@@ -111,13 +111,14 @@ class Sharded:
             if not p.is_contiguous() and not p.is_meta:
                 p.data = p.data.contiguous()
         if again:
-            self._recomputed = tuple(m for u in inner if u.block for m in u.modules)
+            self._recomputed = tuple(m for u in inner if u.block for m in u.modules if composite(m))
             recompute(model, self._recomputed)
         for unit in self.units:
             if deferred is not None:
                 deferred.restore(unit.modules)
             self._split(unit, policy)
         self._root = model
+        shard_torch.initialise(model)
         self._prepare(model)
         after = dict(model.named_parameters(remove_duplicate=False))
         change: dict[nn.Parameter, nn.Parameter | None] = {old: after[name] for name, old in before.items()}
@@ -210,6 +211,8 @@ class Sharded:
         self._arrived[:] = [False] * len(self._params)
         for unit in self.units:
             shard_torch.show_whole(unit.modules[0])  # for blocks that are computed again
+        for step in self._steps:
+            step.be_last()
         shard_torch.closing(self._close)
 
     def _current_factor(self) -> float:

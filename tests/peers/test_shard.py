@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peers import shard_case, shard_habits
+from peers import shard_case, shard_habits, shard_limits
 from support.breadth import more
 from support.peers import run_peers
 from support.rendezvous import rendezvous
@@ -63,3 +63,85 @@ def test_parameters_are_those_of_one_process(size: int, cases: list[dict[str, An
 def test_what_scripts_do_besides(size: int, wire: bool) -> None:
     for found in run(shard_habits.habits, size, wire=wire):
         assert {name: said for name, said in found.items() if said != "same"} == {}
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+Limits = Callable[[str], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def limits() -> Limits:
+    """What two ranks found, by the name of the function."""
+    names = ["refused", "order", "lower_precision", "kept", "traffic"]
+    found = run(shard_limits.limits, 2, names=names)
+    return lambda name: [each[name] for each in found]
+
+
+def test_what_cannot_be_split_is_refused(limits: Limits) -> None:
+    expected = {
+        "stage": "PL550",
+        "mesh": "PL550",
+        "recompute": "PL550",
+        "offload": "PL554",
+        "scalar": "PL551",
+        "hook": "PL551",
+        "sparse": "PL551",
+        "list": "PL551",
+        "types": "PL552",
+        "sums": "PL553",
+        "double": "PL553",
+        "muon": "PL555",
+        "first": None,
+        "twice": "PL551",
+        "reentrant": "PL556",
+    }
+    assert limits("refused") == [expected, expected]
+
+
+def test_ranks_that_call_other_blocks_are_told() -> None:
+    found = run(shard_limits.limits, 2, names=["parted"])
+    assert [each["parted"].get("code") for each in found] == ["PL402", "PL402"]
+
+
+# ---- when, and how much ---------------------------------------------------------------------------------------------
+def test_a_stage_says_how_often_parameters_are_gathered(limits: Limits) -> None:
+    """Two backwards, one step, three blocks and the root."""
+    sums = {"gradients": 8, "barrier parameters with a gradient": 2}
+    for found in limits("traffic"):
+        for stage, gathers in (("1", 4), ("2", 8), ("3", 14)):
+            for counts in found[stage]:
+                assert counts.pop("parameters") == gathers, stage
+                assert sum(counts.values()) == 10, (counts, sums)
+
+
+def test_the_factor_is_asked_once_and_the_end_is_the_end(limits: Limits) -> None:
+    for said in limits("order"):
+        assert said == ["begun", "factor", "ended", "returned"] * 2
+
+
+def test_lower_precision_is_where_it_was_asked_for(limits: Limits) -> None:
+    for said in limits("lower_precision"):
+        assert sorted(said) == ["torch.bfloat16", "torch.float32"]
+
+
+def test_state_goes_whole_and_comes_back(limits: Limits) -> None:
+    assert limits("kept") == [[True] * 7] * 2
+
+
+@pytest.mark.parametrize(("width", "layers"), [(512, 12), *more((2048, 12))])
+def test_memory_falls_as_the_number_of_ranks(width: int, layers: int) -> None:
+    """Parameters, gradients and the state of AdamW: 16 bytes for each parameter, over four ranks."""
+    for found in run(shard_limits.limits, 4, names=["memory"], width=width, layers=layers):
+        for share in found["memory"].values():
+            assert share == pytest.approx(1 / 4, rel=0.15)
+
+
+@pytest.mark.parametrize("size", [2, *more(3, 4)])
+def test_a_model_built_in_parts_starts_with_the_same_numbers(size: int) -> None:
+    for each in run(shard_limits.limits, size, names=["built_in_parts"]):
+        found = each["built_in_parts"]
+        assert found.pop("share") == pytest.approx(1 / size, rel=0.15)
+        assert found.pop("read") == "PL557"
+        assert found.pop("copied")
+        assert all(found.values()), found
+        assert all(all(each) for each in found.values()), found

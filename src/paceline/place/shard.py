@@ -33,8 +33,9 @@ from paceline.place import shard_check, shard_step, shard_torch
 from paceline.place import shard_comm as comms
 from paceline.place.recompute import recompute, wanted
 from paceline.place.rewire import rewire
+from paceline.place.shard_deferred import Deferred
 from paceline.place.shard_torch import after_sharded_backward
-from paceline.place.shard_units import Unit, units_of
+from paceline.place.shard_units import Unit, composite, part_of, units_of
 from paceline.terms.errors import StepError
 
 __all__ = ["Sharded", "after_sharded_backward"]
@@ -72,6 +73,7 @@ class Sharded:
         shard_check.request(mesh, stage, offload)
         self.mesh, self.stage = mesh, stage
         self.held: list[tuple[str, nn.Parameter]] = []
+        self._params: list[tuple[str, nn.Parameter]] = []
         self.units: list[Unit] = []
         self._recompute, self._precision, self._offload = recompute, precision, offload
         self._ask = factor
@@ -86,8 +88,11 @@ class Sharded:
         self._arrived: list[bool] = []
 
     # ---- placement --------------------------------------------------------------------------------------------------
-    def place(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+    def place(self, model: nn.Module, optimizers: Sequence[Optimizer] = (), deferred: Deferred | None = None) -> None:
         """Split `model` where it is, and let `optimizers` go on with its parts. All ranks call it together.
+
+        Args:
+            deferred: What the model was built in, where it is larger than this process's memory.
 
         Raises:
             AdoptError: PL551 for a parameter that cannot be split, PL552 for types that cannot be gathered together, PL553 for a
@@ -103,14 +108,17 @@ class Sharded:
         shard_check.model(model, self.units)
         before = dict(model.named_parameters(remove_duplicate=False))
         for p in before.values():
-            if not p.is_contiguous():
+            if not p.is_contiguous() and not p.is_meta:
                 p.data = p.data.contiguous()
         if again:
-            self._recomputed = tuple(m for u in inner if u.block for m in u.modules)
+            self._recomputed = tuple(m for u in inner if u.block for m in u.modules if composite(m))
             recompute(model, self._recomputed)
         for unit in self.units:
+            if deferred is not None:
+                deferred.restore(unit.modules)
             self._split(unit, policy)
         self._root = model
+        shard_torch.initialise(model)
         self._prepare(model)
         after = dict(model.named_parameters(remove_duplicate=False))
         change: dict[nn.Parameter, nn.Parameter | None] = {old: after[name] for name, old in before.items()}
@@ -145,15 +153,17 @@ class Sharded:
     def _prepare(self, model: nn.Module) -> None:
         """Gather each unit once: what backward accumulates into exists from then on, and can say that a gradient came."""
         self._comm.reserve(max(_gathered_nbytes(unit, self.mesh.size()) for unit in self.units))
-        self.held = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        index = {p: i for i, (_, p) in enumerate(self.held)}
-        self._arrived = [False] * len(self.held)
+        self._params = list(model.named_parameters())
+        self.held = [(name, p) for name, p in self._params if p.requires_grad]
+        index = {p: i for i, (_, p) in enumerate(self._params)}
+        self._arrived = [False] * len(self._params)
         for unit in self.units:
             head = cast(FSDPModule, unit.modules[0])
             head.unshard()
             for part, leaf in shard_torch.leaves(unit.modules[0]):
-                if part in index:
-                    leaf.register_post_accumulate_grad_hook(self._marker(index[part]))  # type: ignore[no-untyped-call]
+                leaf.requires_grad_(True)  # one that is frozen may thaw
+                leaf.register_post_accumulate_grad_hook(self._marker(index[part]))  # type: ignore[no-untyped-call]
+                leaf.requires_grad_(part.requires_grad)
             head.reshard()
 
     def _marker(self, i: int) -> Callable[[Tensor], None]:
@@ -183,6 +193,9 @@ class Sharded:
         if self._open is not None or shard_torch.broken(self._root):
             self._open = self._factor = None
             cast(FSDPModule, self._root).reset_iter_state()
+            for unit in self.units:
+                for _, leaf in shard_torch.leaves(unit.modules[0]):
+                    leaf.grad = None  # never summed
 
     def _show_shards(self) -> None:
         for unit in self.units:
@@ -194,10 +207,12 @@ class Sharded:
         if self._open is not None:
             return
         self._open = shard_torch.graph()
-        self._had = [p.grad is not None for _, p in self.held]
-        self._arrived[:] = [False] * len(self.held)
+        self._had = [p.grad is not None for _, p in self._params]
+        self._arrived[:] = [False] * len(self._params)
         for unit in self.units:
             shard_torch.show_whole(unit.modules[0])  # for blocks that are computed again
+        for step in self._steps:
+            step.be_last()
         shard_torch.closing(self._close)
 
     def _current_factor(self) -> float:
@@ -219,12 +234,12 @@ class Sharded:
         for unit in self.units:
             for part, leaf in shard_torch.leaves(unit.modules[0]):
                 if leaf.grad is not None:
-                    name = next(name for name, p in self.held if p is part)
+                    name = next(name for name, p in self._params if p is part)
                     raise StepError("PL556", f"a gradient of {name!r} came after those of its unit had been summed")
         used = torch.tensor(self._arrived, dtype=torch.float32, device=self.mesh.device_type)
         if self.mesh.size() > 1:
             used = self._comm.count(used)
-        for (_, p), had, ranks in zip(self.held, self._had, used.tolist(), strict=True):
+        for (_, p), had, ranks in zip(self._params, self._had, used.tolist(), strict=True):
             if not had and ranks == 0:
                 p.grad = None
 
@@ -286,13 +301,6 @@ class Sharded:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         again = f"activations are computed again in {len(self._recomputed)} blocks" if self._recomputed else ""
         return "\n".join([*lines, *([again] if again else [])])
-
-
-def part_of(rows: int, size: int, rank: int) -> tuple[int, int]:
-    """First row, and number of rows, of rank's part of a dimension: equal parts, the last ones shorter or empty."""
-    each = -(-rows // size)
-    low = min(rank * each, rows)
-    return low, min(each, rows - low)
 
 
 def _own_views(module: nn.Module, args: Any, output: Any) -> Any:

@@ -22,6 +22,10 @@ from paceline.group.wire import Wire
 
 PLACES = 4
 
+_reduce_scatter: Any = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)  # renamed in torch 2.13
+
 
 class Gather(Protocol):
     """Collects shards: torch's protocol of ``FSDPModule.set_custom_all_gather``."""
@@ -103,9 +107,7 @@ class _TorchReduce:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any = None, async_op: bool = False
     ) -> Any:
         weigh(input_tensor, self._factor())
-        return dist.reduce_scatter_tensor(
-            output_tensor, input_tensor, op=dist.ReduceOp.SUM, group=group, async_op=async_op
-        )
+        return _reduce_scatter(output_tensor, input_tensor, op=dist.ReduceOp.SUM, group=group, async_op=async_op)
 
 
 class WireComm:

@@ -32,7 +32,7 @@ from torch.optim import (
     Rprop,
 )
 
-from paceline.place.shard_torch import first_among_post_hooks, local
+from paceline.place.shard_torch import first_after_step, last_before_step, local
 from paceline.terms.errors import AdoptError
 
 ELEMENTWISE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
@@ -65,16 +65,19 @@ class LocalStep:
         self._wrapped: dict[nn.Parameter, dict[str, DTensor]] = {}
         self._groups: list[list[nn.Parameter]] | None = None
         self._elementwise = type(optimizer) in ELEMENTWISE
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        first_among_post_hooks(optimizer)
+        self._before = optimizer.register_step_pre_hook(self._before_step)
+        self._behind = optimizer.register_step_post_hook(self._after_step)
+        first_after_step(optimizer, self._behind)
+
+    def be_last(self) -> None:
+        """Hooks that the script has registered since must see whole parameters: they run before the swap."""
+        if not last_before_step(self.optimizer, self._before, move=False):
+            last_before_step(self.optimizer, self._before, move=True)
 
     def remove(self) -> None:
         """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
+        self._before.remove()
+        self._behind.remove()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -87,7 +90,8 @@ class LocalStep:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._leave()  # a step before has failed
-        if len(args) < 2 and kwargs.get("closure") is None:  # a closure computes gradients inside the step
+        closure = len(args) > 1 or kwargs.get("closure") is not None  # computes gradients inside the step
+        if not closure and last_before_step(self.optimizer, self._before, move=False):
             self._enter()
 
     def _after_step(self, *_: Any) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._common_utils import collect_grad_tensors, replace_grad_tensors
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from paceline.place.torch_private import after_backward
 
@@ -48,6 +49,12 @@ def parts(module: nn.Module) -> list[nn.Parameter]:
 def leaves(module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """For each parameter of a unit that was gathered once: its shard, and the leaf of autograd's graphs."""
     return [(p.sharded_param, p._unsharded_param) for group in groups(module) for p in group.fsdp_params]
+
+
+def initialise(root: nn.Module) -> None:
+    """Say which module is the root. Torch would take whichever is called first, and refuse the true one later."""
+    assert isinstance(root, FSDPModule)
+    root._get_fsdp_state()._lazy_init()
 
 
 def broken(root: nn.Module) -> bool:
@@ -103,21 +110,31 @@ def local(tensor: DTensor) -> Tensor:
     return tensor._local_tensor
 
 
-def first_among_post_hooks(optimizer: Optimizer) -> None:
-    """The hook after the step that was registered last runs before the others."""
+def first_after_step(optimizer: Optimizer, handle: RemovableHandle) -> None:
+    """Let this hook after the step run before the others."""
     hooks: Any = optimizer._optimizer_step_post_hooks
-    hooks.move_to_end(next(reversed(hooks)), last=False)
+    hooks.move_to_end(handle.id, last=False)
+
+
+def last_before_step(optimizer: Optimizer, handle: RemovableHandle, *, move: bool) -> bool:
+    """Whether this hook before the step runs after the others; with `move` it does from now on. Not while hooks run."""
+    hooks: Any = optimizer._optimizer_step_pre_hooks
+    if move:
+        hooks.move_to_end(handle.id)
+    return bool(next(reversed(hooks)) == handle.id)
 
 
 __all__ = [
     "after_sharded_backward",
     "broken",
     "closing",
-    "first_among_post_hooks",
+    "first_after_step",
     "gathered",
     "grad_tensors",
     "graph",
     "groups",
+    "initialise",
+    "last_before_step",
     "leaves",
     "local",
     "own_views",

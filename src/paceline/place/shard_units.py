@@ -62,6 +62,7 @@ def _lists(module: nn.Module, name: str, total: int, small: int, alone: _Alone) 
         inner = []
         if 4 * sum(_nbytes(b) for _, b in group) > total:
             inner = [u for key, b in group for u in _lists(b, f"{key}.", total, small, alone)]
+            inner = inner if all(composite(m) for u in inner for m in u.modules) else []
         if inner:
             yield from inner
         elif all(alone(b) for _, b in group):
@@ -129,8 +130,13 @@ def callable_module(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
+def composite(module: nn.Module) -> bool:
+    """Whether the module is made of others."""
+    return any(True for _ in module.children())
+
+
 def _splits(module: nn.Module) -> bool:
-    return any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
+    return composite(module) and not isinstance(module, nn.MultiheadAttention)
 
 
 def _read_by_others(module: nn.Module) -> bool:
@@ -139,3 +145,10 @@ def _read_by_others(module: nn.Module) -> bool:
 
 def _nbytes(module: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters())
+
+
+def part_of(rows: int, size: int, rank: int) -> tuple[int, int]:
+    """First row, and number of rows, of rank's part of a dimension: equal parts, the last ones shorter or empty."""
+    each = -(-rows // size)
+    low = min(rank * each, rows)
+    return low, min(each, rows - low)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 import paceline
 from paceline.group.store import UnixStore
 from paceline.place.tensor import TensorParallel
-from support.peers import Peer, outcome
+from support.peers import Peer
 
 Loss = Callable[[nn.Module, int], Tensor]
 ROWS, TIME, WORDS = 4, 8, 96

@@ -23,19 +23,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from paceline.place import tensor_products, tensor_rules
 from paceline.place.rewire import rewire
 from paceline.place.tensor_plan import RETURNED, Plan, Way, derive
-from paceline.place.tensor_split import METADATA, Layout, NotLocal, Split, apply
+from paceline.place.tensor_split import METADATA, NotLocal, Split, apply, made_whole
 from paceline.place.tensor_table import table
 from paceline.place.tensor_wire import Group
 from paceline.terms.errors import StepError
@@ -44,7 +45,7 @@ __all__ = ["TensorParallel", "tensor_products", "tensor_rules"]
 
 _BY_POSITION = tuple(
     getattr(torch.optim, name)
-    for name in "SGD Adam AdamW RMSprop Adagrad Adadelta NAdam RAdam Adamax ASGD Rprop".split()
+    for name in ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop"]
     if hasattr(torch.optim, name)
 )
 
@@ -127,7 +128,7 @@ class TensorParallel:
 
     def _part(self, whole: Tensor, way: Way) -> DTensor:
         """A tensor that all ranks have, as they hold it from now on: a copy."""
-        local, placement = whole, Replicate()
+        local, placement = whole, cast(Placement, Replicate())
         if way.dim is not None:
             local, placement = way.layout(self.group.num).cut(whole, way.dim, self.group.rank), Shard(way.dim)
         local = local.detach().clone(memory_format=torch.contiguous_format)
@@ -154,7 +155,7 @@ class TensorParallel:
         if not isinstance(value, DTensor):
             return value
         way = self._way(like if like is not None else value)[1]
-        local = value.detach()._local_tensor
+        local = value._local_tensor.detach()
         return local.clone() if way.dim is None else self.group.gathered(local, way.dim, way.layout(self.group.num))
 
     def cut(self, p: Tensor, whole: Tensor) -> DTensor:
@@ -192,7 +193,7 @@ class TensorParallel:
         groups = [list(group["params"]) for group in optimizer.param_groups]
         try:
             for group, params in zip(optimizer.param_groups, groups, strict=True):
-                group["params"] = [self._plain(p, held) for p in params]
+                group["params"] = [self._undressed(p, held) for p in params]
             for p, plain in held:
                 if p in optimizer.state:
                     state = optimizer.state.pop(p)
@@ -206,7 +207,7 @@ class TensorParallel:
                     state = optimizer.state.pop(plain)
                     optimizer.state[p] = {key: _held_as(value, p, plain) for key, value in state.items()}
 
-    def _plain(self, p: nn.Parameter, held: list[tuple[nn.Parameter, nn.Parameter]]) -> nn.Parameter:
+    def _undressed(self, p: nn.Parameter, held: list[tuple[nn.Parameter, nn.Parameter]]) -> nn.Parameter:
         if not isinstance(p, DTensor):
             return p
         plain = nn.Parameter(p._local_tensor, requires_grad=p.requires_grad)
@@ -239,14 +240,16 @@ class TensorParallel:
         running.mode.__exit__(None, None, None)
         running.module = running.mode = None
         self.group.forget()
-        return None if self.loss_parallel else _plain(output)
+        return None if self.loss_parallel else plain(output)
 
     def local(self, p: DTensor) -> Tensor:
         """What stands for a parameter while the model runs: its part, as a split tensor if it is cut."""
         name, way = self._way(p)
-        local = _Local.apply(p) if p.requires_grad and torch.is_grad_enabled() else p._local_tensor
+        local = p._local_tensor
+        if p.requires_grad and torch.is_grad_enabled():
+            local = _Local.apply(p)  # type: ignore[no-untyped-call]
         if way.dim is None:
-            return local  # type: ignore[no-any-return]
+            return local
         return Split(local, way.dim, way.layout(self.group.num), self.group, (name,))
 
     # ---- what is told -----------------------------------------------------------------------------------------------
@@ -315,12 +318,13 @@ class _Local(torch.autograd.Function):
         return p._local_tensor.view_as(p._local_tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _as(grad, ctx.p)
 
 
 def _as(local: Tensor, p: Any) -> DTensor:
-    return DTensor(local, copy(p._spec), requires_grad=False)
+    made: DTensor = DTensor(local, copy(p._spec), requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _local(value: Any) -> Any:
@@ -332,27 +336,22 @@ def _held_as(value: Any, p: nn.Parameter, plain: nn.Parameter) -> Any:
     return _as(value, p) if same else value
 
 
-def _plain(output: Any) -> Any:
+def plain(output: Any) -> Any:
     """What a model returned, with whole tensors. Objects of unknown types are left: what is split in them stays usable."""
     if isinstance(output, Split):
-        output.ranks.made_whole(output, NotLocal(RETURNED))
-        return output.whole()
+        return made_whole(output, NotLocal(RETURNED))
     if isinstance(output, dict):
         for key, each in list(output.items()):
-            if (plain := _plain(each)) is not each:
-                output[key] = plain
+            if (new := plain(each)) is not each:
+                output[key] = new
         return output
     if isinstance(output, (tuple, list)) and not isinstance(output, torch.Size):
-        items = [_plain(each) for each in output]
+        items = [plain(each) for each in output]
         if all(new is old for new, old in zip(items, output, strict=True)):
             return output
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if is_dataclass(output) and not isinstance(output, type):
         for key, each in list(vars(output).items()):
-            if (plain := _plain(each)) is not each:
-                setattr(output, key, plain)
+            if (new := plain(each)) is not each:
+                setattr(output, key, new)
     return output
-
-
-def layout_of(way: Way, num: int) -> Layout:
-    return way.layout(num)

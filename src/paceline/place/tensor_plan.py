@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from paceline.place.tensor_probe import Call, probes
 from paceline.place.tensor_products import mha_arguments, mha_obstacle
 from paceline.place.tensor_rules import tensors
-from paceline.place.tensor_split import METADATA, Layout, NotLocal, Split, apply
-from paceline.place.tensor_wire import Imagined
+from paceline.place.tensor_split import METADATA, Layout, NotLocal, Split, apply, map_splits
+from paceline.place.tensor_wire import Imagined, around_functions
 from paceline.terms.errors import PacelineError, UsageError
 
 WORDS = ("column", "row", "vocab", "replicate")
@@ -158,7 +158,17 @@ class _Search:
         if untried is not None:
             self._by_type()
         reason = untried or "the trial did not reach it"
-        return {name: self.notes.ways.get(name) or Way("replicate", reason=reason) for name in self.params}
+        plan = {name: self.notes.ways.get(name) or Way("replicate", reason=reason) for name in self.params}
+        self._refuse_unanswered(plan)
+        return plan
+
+    def _refuse_unanswered(self, plan: Plan) -> None:
+        """Raise UsageError PL543 for a split that was asked for and is not there. A layer's bias goes with its weight."""
+        layers = {name.rpartition(".")[0] for name, p in self.params.items() if p.dim() > 1}
+        for name, word in self.asked.items():
+            alone = self.params[name].dim() > 1 or name.rpartition(".")[0] not in layers
+            if word != "replicate" and alone and plan[name].dim is None:
+                raise UsageError("PL543", f"{name} cannot be split as {word!r}: {plan[name].reason}")
 
     def _learn(self) -> bool:
         notes = self.notes
@@ -212,9 +222,12 @@ class _Search:
 
     def decide(self, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A layer is about to run: how its parameters are held, unless that is known by now."""
-        body = {"linear": self._linear, "addmm": self._addmm, "embedding": self._embedding}.get(function)
-        if body is not None:
-            body(*args, **kwargs)
+        if function == "linear":
+            self._linear(*args, **kwargs)
+        elif function == "addmm":
+            self._addmm(*args, **kwargs)
+        elif function == "embedding":
+            self._embedding(*args, **kwargs)
         elif function == "multi_head_attention_forward":
             self._attention(mha_arguments(*args, **kwargs))
 
@@ -335,7 +348,7 @@ class _Search:
         for path, module in self.model.named_modules():
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             name = self.names.get(id(weight))
-            if name not in self.asked or self.asked[name] == "replicate":
+            if name is None or self.asked.get(name, "replicate") == "replicate":
                 continue
             shadow = torch.empty(0, device="meta")
             if isinstance(module, nn.Linear):
@@ -420,9 +433,15 @@ def _forward(model: nn.Module, call: Call, watch: _Watch, returned: Callable[[An
     args, kwargs = call
     with _untouched(model), warnings.catch_warnings(), torch.no_grad(), ExitStack() as stack:
         warnings.simplefilter("ignore")
+        stack.enter_context(around_functions(_whole_for_function))
         stack.enter_context(torch.device("meta"))
         stack.enter_context(watch)
         returned(model(*args, **kwargs))
+
+
+def _whole_for_function(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A user's own autograd Function works below what rules can see."""
+    return tuple(map_splits(each, NotLocal("a torch.autograd.Function is applied to it")) for each in args)
 
 
 @contextmanager
@@ -439,8 +458,3 @@ def _untouched(model: nn.Module) -> Any:
             module._buffers.clear()
             module._buffers.update(buffers)
         torch.set_rng_state(random)
-
-
-def narrowed(plan: Plan, names: Sequence[str]) -> Plan:
-    """The ways of these parameters."""
-    return {name: replace(plan[name]) for name in names}

@@ -100,9 +100,9 @@ def _from_layers(model: nn.Module) -> Iterator[Tensor]:
 
 def _first_layers(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) or any(True for _ in module.parameters(recurse=False)):
-            if module is not model or not any(True for _ in module.children()):
-                yield module
+        holds = isinstance(module, nn.MultiheadAttention) or any(True for _ in module.parameters(recurse=False))
+        if holds and (module is not model or not any(True for _ in module.children())):
+            yield module
 
 
 def _width(module: nn.Module) -> int | None:

@@ -197,14 +197,15 @@ def test_a_model_of_which_nothing_can_be_split_is_refused(num: int) -> None:
 
 
 class Deciding(nn.Module):
-    """Its forward looks at values."""
+    """Its forward looks at what a layer has computed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu()) if bool(x.sum() > 0) else x
+        y = self.up(x).relu()
+        return self.down(y) if bool(y.sum() > 0) else x
 
 
 def test_a_model_that_cannot_be_tried_needs_a_plan() -> None:
@@ -213,6 +214,24 @@ def test_a_model_that_cannot_be_tried_needs_a_plan() -> None:
     assert caught.value.code == "PL540"
     plan = derive(Deciding(), 2, {"up": "column", "down": "row"})
     assert words(plan) == {"up.weight": "column", "up.bias": "column", "down.weight": "row"}
+
+
+def test_a_model_may_look_at_its_inputs() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up, self.down = nn.Embedding(50, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, words: Tensor) -> Tensor:
+            self.seen.add_(1)
+            mask = words != 0
+            y = self.table(words) * mask.unsqueeze(-1)
+            return self.down(self.up(y).relu()) if mask.any().item() else y
+
+    model = Looking()
+    assert words(derive(model, 2))["up.weight"] == "column"
+    assert model.seen == 0
 
 
 def test_an_example_shows_what_the_model_reads() -> None:

@@ -163,22 +163,28 @@ class TensorParallel:
         return self._part(whole, self._way(p)[1])
 
     def _way(self, p: Tensor) -> tuple[str, Way]:
-        """Name and way of a parameter of this mesh."""
-        found = self._known.get(id(p))
-        if found is None or found[0] is not p:
-            found = self._found_anew(p)
+        """Name and way of a parameter of this mesh.
+
+        Raises:
+            StepError: PL544 for another tensor.
+        """
+        found = self._found(p)
+        if found is None:
+            raise StepError("PL544", "a DTensor of the tensor group that is no parameter of the model")
         return found[1], found[2]
 
-    def _found_anew(self, p: Tensor) -> tuple[Tensor, str, Way]:
-        """Another room has put another object in a parameter's place: an unsharded parameter."""
-        for path, root in self._roots:
+    def _found(self, p: Tensor) -> tuple[Tensor, str, Way] | None:
+        found = self._known.get(id(p))
+        if found is not None and found[0] is p:
+            return found
+        for path, root in self._roots:  # another room has put another object in a parameter's place: an unsharded one
             for prefix, module in root.named_modules(prefix=path):
                 for name, each in module._parameters.items():
                     if each is p:
                         full = f"{prefix}.{name}".lstrip(".")
-                        found = self._known[id(p)] = (p, full, self._ways({path: root})[full])
-                        return found
-        raise StepError("PL544", "a DTensor of the tensor group that is no parameter of the model")
+                        self._known[id(p)] = (p, full, self._ways({path: root})[full])
+                        return self._known[id(p)]
+        return None
 
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Iterator[None]:
@@ -243,8 +249,11 @@ class TensorParallel:
         return None if self.loss_parallel else plain(output)
 
     def local(self, p: DTensor) -> Tensor:
-        """What stands for a parameter while the model runs: its part, as a split tensor if it is cut."""
-        name, way = self._way(p)
+        """What stands for a parameter while the model runs: its part, as a split tensor if it is cut. Others stay."""
+        found = self._found(p)
+        if found is None:  # another room's own work on DTensors
+            return p
+        _, name, way = found
         local = p._local_tensor
         if p.requires_grad and torch.is_grad_enabled():
             local = _Local.apply(p)  # type: ignore[no-untyped-call]

@@ -69,7 +69,6 @@ def unary(func: Call, split: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(split, Split):
         args = tuple(each.part if isinstance(each, Split) else each for each in args)
         return func(split, *args, **kwargs)
-    (split,) = splits(split)
     if func.__name__ == "__get__":
         return split.like(split.part.detach())
     part = func(split.part, *(each.part if isinstance(each, Split) else each for each in args), **kwargs)

@@ -258,6 +258,9 @@ def apply(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
             return func(*args, **kwargs)
     if name == "__set__" or (name == "data" and len(args) > 1):
         _refuse(f"the attribute {name!r} of a split activation is written")
+    for split in splits(*args, *kwargs.values()):
+        if _grad_fn(split) is not None:
+            _refuse("a torch.autograd.Function was applied to a split activation")
     body = RULES.get(name)
     try:
         if body is None:
@@ -294,8 +297,6 @@ def splits(*values: Any) -> Iterator[Split]:
     """The split tensors among arguments, also in lists and tuples."""
     for value in values:
         if isinstance(value, Split):
-            if _grad_fn(value) is not None:
-                _refuse("a torch.autograd.Function was applied to a split activation")
             yield value
         elif isinstance(value, (tuple, list)):
             yield from splits(*value)

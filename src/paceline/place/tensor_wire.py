@@ -164,14 +164,18 @@ class _Join(torch.autograd.Function):
 
 @contextmanager
 def around_functions(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Iterator[None]:
-    """Inside, every autograd Function that somebody else applies gets changed arguments. For trials: torch has no hook for it."""
-    original = torch.autograd.Function.__dict__["apply"]
+    """Inside, every autograd Function gets changed arguments, also through an ``apply`` that was taken before.
+
+    For trials only. torch has no hook for it; ``Function.apply`` asks this class, which has no method of its own.
+    """
+    below = torch.autograd.function._SingleLevelFunction
+    assert "apply" not in vars(below)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return original.__get__(None, cls)(*change(args), **kwargs)
+        return super(below, cls).apply(*change(args), **kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    below.apply = classmethod(apply)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        del below.apply  # type: ignore[attr-defined]

@@ -231,7 +231,7 @@ def parity(peer: Peer, *, store: str, cases: list[tuple[str, str]], steps: int) 
                 "grads": grads,
                 "split": split / sum(p.numel() for p in theirs.values()),
                 "whole": [f"{reason}: {origins}" for reason, origins in place.group.whole],
-                "words": {key: way.word for key, way in place.plan.items()},
+                "table": place.describe(),
             }
     return said
 
@@ -518,5 +518,58 @@ def with_full_sharding(mesh: DeviceMesh) -> list[float]:
                 opt.zero_grad()
                 loss(each, step).backward()
                 opt.step()
-        said.append(abs(loss(model, 9).item() - loss(reference, 9).item()))
+        assert isinstance(dict(place.held)[names[0]], DTensor)
+        assert len(dict(place.held)[names[0]].placements) == 2
+        theirs = dict(reference.named_parameters())
+        said += [(place.whole(p) - theirs[key]).abs().max().item() for key, p in place.held]
+        said += [
+            (place.whole(place.cut(p, theirs[key]), like=p) - theirs[key]).abs().max().item() for key, p in place.held
+        ]
+        assert all(place.cut(p, theirs[key]).placements == p.placements for key, p in place.held)
+    return [max(said)]
+
+
+def outside_of_the_model(mesh: DeviceMesh) -> list[float]:
+    """A penalty on weights, an average of them, a copy of the model that is run, words written by a model with a cache."""
+    from copy import deepcopy
+
+    (reference, loss), (model, _) = made("lm"), made("lm")
+    place = TensorParallel(mesh)
+    place.place(model)
+    for each in (model, reference):
+        with place.watching():
+            penalty = sum(p.pow(2).sum() + p.abs().max() for p in each.parameters())
+            (loss(each, 0) + 0.1 * penalty).backward()
+    said = [_differences(place, reference, grads=True)]
+    average = deepcopy(model)
+    with torch.no_grad(), place.watching():
+        for p, other in zip(average.parameters(), reference.parameters(), strict=True):
+            p.mul_(0.5)
+            assert other.shape == p.shape
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(0.5)
+        said.append((average(ids(0, 256)) - reference(ids(0, 256))).abs().max().item())
+    words = []
+    for split in (False, True):
+        model = made("gpt2")[0].eval()
+        if split:
+            TensorParallel(mesh).place(model)
+        words.append(model.generate(ids(0), max_new_tokens=6, do_sample=False))
+    assert torch.equal(*words)
     return said
+
+
+def without_values(mesh: DeviceMesh) -> float:
+    """A model on the meta device is placed there; its parts get their values later."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    reference, _ = made("llama")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**reference.config.to_diff_dict()))
+    model = model.double()
+    place = TensorParallel(mesh)
+    place.place(model)
+    assert all(p.is_meta and isinstance(p, DTensor) for p in model.parameters())
+    bytes_here = sum(p.to_local().numel() for p in model.parameters())
+    return bytes_here / sum(p.numel() for p in reference.parameters())

@@ -62,16 +62,16 @@ class TensorParallel:
 
     Attributes:
         plan: The way of each parameter, once derived.
-        held: Original names and the DTensor parameters of what was placed, in the model's order.
     """
 
     def __init__(self, mesh: DeviceMesh, *, plan: Mapping[str, str] | None = None, loss_parallel: bool = False) -> None:
         self.mesh, self.loss_parallel = mesh, loss_parallel
         self.group = Group(mesh.get_group())
         self.plan: Plan = {}
-        self.held: list[tuple[str, nn.Parameter]] = []
         self._overrides = dict(plan or {})
         self._roots: list[tuple[str, nn.Module]] = []
+        self._copies: list[tuple[str, nn.Module]] = []
+        self._paths: dict[int, str] = {}
         self._known: dict[int, tuple[Tensor, str, Way]] = {}
         self._running = threading.local()
 
@@ -107,11 +107,19 @@ class TensorParallel:
                         if p not in change:
                             change[p] = self._distributed(p, ways[f"{prefix}.{name}".lstrip(".")])
                         setattr(module, name, change[p])
-                self._watch(module)
+                self._watch(module, prefix)
             self._roots.append((path, root))
         for optimizer in optimizers:
             rewire(optimizer, change, lambda new, whole: self._part(whole, self._way(new)[1]))
-        self._note_held()
+
+    @property
+    def held(self) -> list[tuple[str, nn.Parameter]]:
+        """Original names and the DTensor parameters of what was placed, in the model's order; tied ones once."""
+        first: dict[int, tuple[str, nn.Parameter]] = {}
+        for path, root in self._roots:
+            for name, p in root.named_parameters(prefix=path):
+                first.setdefault(id(p), (name, p))
+        return list(first.values())
 
     def _ways(self, modules: Mapping[str, nn.Module]) -> Plan:
         """The plan, with the later names of tied parameters too."""
@@ -135,15 +143,6 @@ class TensorParallel:
         stride = torch.empty(whole.shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, [placement], run_check=False, shape=whole.shape, stride=stride)
 
-    def _note_held(self) -> None:
-        self.held, self._known = [], {}
-        for path, root in self._roots:
-            ways = self._ways({path: root})
-            for name, p in root.named_parameters(prefix=path):
-                if id(p) not in self._known:
-                    self._known[id(p)] = (p, name, ways[name])
-                    self.held.append((name, p))
-
     # ---- whole and part ---------------------------------------------------------------------------------------------
     def whole(self, value: Tensor, like: Tensor | None = None) -> Tensor:
         """The whole tensor, in the order of the user's model (collective over the mesh).
@@ -155,12 +154,27 @@ class TensorParallel:
         if not isinstance(value, DTensor):
             return value
         way = self._way(like if like is not None else value)[1]
+        if value.device_mesh != self.mesh:  # another room has split it further, along other axes
+            value = cast(DTensor, value.detach()).redistribute(placements=self._only_mine(value))
         local = value._local_tensor.detach()
         return local.clone() if way.dim is None else self.group.gathered(local, way.dim, way.layout(self.group.num))
 
     def cut(self, p: Tensor, whole: Tensor) -> DTensor:
         """`whole`, which has the shape of the whole of `p`, held as `p` is. Every rank passes the same."""
-        return self._part(whole, self._way(p)[1])
+        part = self._part(whole, self._way(p)[1])
+        if not isinstance(p, DTensor) or p.device_mesh == self.mesh:
+            return part
+        mine = self._only_mine(p)
+        return DTensor.from_local(
+            part._local_tensor, p.device_mesh, mine, run_check=False, shape=part.shape, stride=part.stride()
+        ).redistribute(placements=p.placements)
+
+    def _only_mine(self, value: DTensor) -> list[Placement]:
+        """Placements of a tensor on a larger mesh, whole along the axes of others."""
+        names, mine = value.device_mesh.mesh_dim_names, self.mesh.mesh_dim_names
+        assert names is not None
+        assert mine is not None
+        return [each if name == mine[0] else Replicate() for name, each in zip(names, value.placements, strict=True)]
 
     def _way(self, p: Tensor) -> tuple[str, Way]:
         """Name and way of a parameter of this mesh.
@@ -177,7 +191,10 @@ class TensorParallel:
         found = self._known.get(id(p))
         if found is not None and found[0] is p:
             return found
-        for path, root in self._roots:  # another room has put another object in a parameter's place: an unsharded one
+        for path, root in (
+            *self._roots,
+            *self._copies,
+        ):  # another room has put another object in a parameter's place: an unsharded one
             for prefix, module in root.named_modules(prefix=path):
                 for name, each in module._parameters.items():
                     if each is p:
@@ -222,19 +239,38 @@ class TensorParallel:
         return plain
 
     # ---- running ----------------------------------------------------------------------------------------------------
-    def _watch(self, module: nn.Module) -> None:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a user's code outside of the model may use parameters as if they were whole: a penalty on weights, an average."""
+        self.group.forget()
+        with _Watch(self):
+            yield
+
+    def _watch(self, module: nn.Module, path: str) -> None:
         """The outermost module that runs switches the watching on, and off again, also when it raises."""
+        module._tensor_path = path  # type: ignore[assignment]
+        self._paths[id(module)] = path
         module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         running = self._running
         if getattr(running, "module", None) is None:
+            if id(module) not in self._paths:
+                self._take_in(module)
             running.module, running.depth, running.mode = module, 0, _Watch(self)
             self.group.forget()
             running.mode.__enter__()
         if running.module is module:
             running.depth += 1
+
+    def _take_in(self, copied: nn.Module) -> None:
+        """A copy of a module, as an average of weights is, has its hooks too, and is held as the original is."""
+        self._copies.append((copied._tensor_path, copied))  # type: ignore[arg-type]
+        self._paths |= {id(module): path for path, module in copied.named_modules(prefix=str(copied._tensor_path))}
+
+    def __deepcopy__(self, memo: Any) -> TensorParallel:
+        return self
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         running = self._running

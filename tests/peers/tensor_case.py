@@ -201,45 +201,45 @@ def loop(
     return said
 
 
-def parity(peer: Peer, *, store: str, cases: list[tuple[str, str]], steps: int) -> dict[str, Any]:
+def work(peer: Peer, *, store: str, cases: list[tuple[str, str]], steps: int, names: list[str]) -> dict[str, Any]:
+    """A parity for each case, and what the functions named say, all in one group."""
+    with group(peer, store) as mesh:
+        said = parity(mesh, cases, steps)
+        return {"parity": said, **{name: globals()[name](mesh) for name in names}}
+
+
+def parity(mesh: DeviceMesh, cases: list[tuple[str, str]], steps: int) -> dict[str, Any]:
     """For each model and optimizer: the largest difference of losses, parameters and optimizer state, and what was split."""
     said = {}
-    with group(peer, store) as mesh:
-        for name, kind in cases:
-            reference, loss = made(name)
-            model, _ = made(name)
-            opt, opt_reference = optimizer(kind, model), optimizer(kind, reference)
-            place = TensorParallel(mesh)
-            place.place(model, [opt])
-            expected = loop(reference, opt_reference, loss, steps, None)
-            got = loop(model, opt, loss, steps, place)
-            theirs = dict(reference.named_parameters())
-            assert [name for name, _ in place.held] == list(theirs)
-            assert list(model.state_dict()) == list(reference.state_dict())
-            apart = [(place.whole(p) - theirs[key]).abs().max().item() for key, p in place.held]
-            state = [
-                (place.whole(mine, like=p) - opt_reference.state[theirs[key]][what]).abs().max().item()
-                for key, p in place.held
-                for what, mine in opt.state.get(p, {}).items()
-            ]
-            grads = all(p.grad is None or p.grad.placements == p.placements for _, p in place.held)
-            split = sum(p.numel() for key, p in place.held if place.plan[key].dim is not None)
-            said[f"{name}-{kind}"] = {
-                "loss": max(abs(a - b) for a, b in zip(got, expected, strict=True)),
-                "parameters": max(apart),
-                "state": max(state, default=0.0),
-                "grads": grads,
-                "split": split / sum(p.numel() for p in theirs.values()),
-                "whole": [f"{reason}: {origins}" for reason, origins in place.group.whole],
-                "table": place.describe(),
-            }
+    for name, kind in cases:
+        reference, loss = made(name)
+        model, _ = made(name)
+        opt, opt_reference = optimizer(kind, model), optimizer(kind, reference)
+        place = TensorParallel(mesh)
+        place.place(model, [opt])
+        expected = loop(reference, opt_reference, loss, steps, None)
+        got = loop(model, opt, loss, steps, place)
+        theirs = dict(reference.named_parameters())
+        assert [name for name, _ in place.held] == list(theirs)
+        assert list(model.state_dict()) == list(reference.state_dict())
+        apart = [(place.whole(p) - theirs[key]).abs().max().item() for key, p in place.held]
+        state = [
+            (place.whole(mine, like=p) - opt_reference.state[theirs[key]][what]).abs().max().item()
+            for key, p in place.held
+            for what, mine in opt.state.get(p, {}).items()
+        ]
+        grads = all(p.grad is None or p.grad.placements == p.placements for _, p in place.held)
+        split = sum(p.numel() for key, p in place.held if place.plan[key].dim is not None)
+        said[f"{name}-{kind}"] = {
+            "loss": max(abs(a - b) for a, b in zip(got, expected, strict=True)),
+            "parameters": max(apart),
+            "state": max(state, default=0.0),
+            "grads": grads,
+            "split": split / sum(p.numel() for p in theirs.values()),
+            "whole": [f"{reason}: {origins}" for reason, origins in place.group.whole],
+            "table": place.describe(),
+        }
     return said
-
-
-def facts(peer: Peer, *, store: str, names: list[str]) -> dict[str, Any]:
-    """What the functions below say, each in the same group."""
-    with group(peer, store) as mesh:
-        return {name: globals()[name](mesh) for name in names}
 
 
 def _differences(place: TensorParallel, reference: nn.Module, *, grads: bool = False) -> float:

@@ -23,19 +23,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from paceline.place import tensor_products, tensor_rules
 from paceline.place.rewire import rewire
 from paceline.place.tensor_plan import RETURNED, Plan, Way, derive
-from paceline.place.tensor_split import METADATA, Layout, NotLocal, Split, apply
+from paceline.place.tensor_split import METADATA, NotLocal, Split, apply, made_whole
 from paceline.place.tensor_table import table
 from paceline.place.tensor_wire import Group
 from paceline.terms.errors import StepError
@@ -44,7 +45,7 @@ __all__ = ["TensorParallel", "tensor_products", "tensor_rules"]
 
 _BY_POSITION = tuple(
     getattr(torch.optim, name)
-    for name in "SGD Adam AdamW RMSprop Adagrad Adadelta NAdam RAdam Adamax ASGD Rprop".split()
+    for name in ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop"]
     if hasattr(torch.optim, name)
 )
 
@@ -61,16 +62,16 @@ class TensorParallel:
 
     Attributes:
         plan: The way of each parameter, once derived.
-        held: Original names and the DTensor parameters of what was placed, in the model's order.
     """
 
     def __init__(self, mesh: DeviceMesh, *, plan: Mapping[str, str] | None = None, loss_parallel: bool = False) -> None:
         self.mesh, self.loss_parallel = mesh, loss_parallel
         self.group = Group(mesh.get_group())
         self.plan: Plan = {}
-        self.held: list[tuple[str, nn.Parameter]] = []
         self._overrides = dict(plan or {})
         self._roots: list[tuple[str, nn.Module]] = []
+        self._copies: list[tuple[str, nn.Module]] = []
+        self._paths: dict[int, str] = {}
         self._known: dict[int, tuple[Tensor, str, Way]] = {}
         self._running = threading.local()
 
@@ -106,11 +107,19 @@ class TensorParallel:
                         if p not in change:
                             change[p] = self._distributed(p, ways[f"{prefix}.{name}".lstrip(".")])
                         setattr(module, name, change[p])
-                self._watch(module)
+                self._watch(module, prefix)
             self._roots.append((path, root))
         for optimizer in optimizers:
             rewire(optimizer, change, lambda new, whole: self._part(whole, self._way(new)[1]))
-        self._note_held()
+
+    @property
+    def held(self) -> list[tuple[str, nn.Parameter]]:
+        """Original names and the DTensor parameters of what was placed, in the model's order; tied ones once."""
+        first: dict[int, tuple[str, nn.Parameter]] = {}
+        for path, root in self._roots:
+            for name, p in root.named_parameters(prefix=path):
+                first.setdefault(id(p), (name, p))
+        return list(first.values())
 
     def _ways(self, modules: Mapping[str, nn.Module]) -> Plan:
         """The plan, with the later names of tied parameters too."""
@@ -127,21 +136,12 @@ class TensorParallel:
 
     def _part(self, whole: Tensor, way: Way) -> DTensor:
         """A tensor that all ranks have, as they hold it from now on: a copy."""
-        local, placement = whole, Replicate()
+        local, placement = whole, cast(Placement, Replicate())
         if way.dim is not None:
             local, placement = way.layout(self.group.num).cut(whole, way.dim, self.group.rank), Shard(way.dim)
         local = local.detach().clone(memory_format=torch.contiguous_format)
         stride = torch.empty(whole.shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, [placement], run_check=False, shape=whole.shape, stride=stride)
-
-    def _note_held(self) -> None:
-        self.held, self._known = [], {}
-        for path, root in self._roots:
-            ways = self._ways({path: root})
-            for name, p in root.named_parameters(prefix=path):
-                if id(p) not in self._known:
-                    self._known[id(p)] = (p, name, ways[name])
-                    self.held.append((name, p))
 
     # ---- whole and part ---------------------------------------------------------------------------------------------
     def whole(self, value: Tensor, like: Tensor | None = None) -> Tensor:
@@ -154,30 +154,54 @@ class TensorParallel:
         if not isinstance(value, DTensor):
             return value
         way = self._way(like if like is not None else value)[1]
-        local = value.detach()._local_tensor
+        if value.device_mesh != self.mesh:  # another room has split it further, along other axes
+            value = cast(DTensor, value.detach()).redistribute(placements=self._only_mine(value))
+        local = value._local_tensor.detach()
         return local.clone() if way.dim is None else self.group.gathered(local, way.dim, way.layout(self.group.num))
 
     def cut(self, p: Tensor, whole: Tensor) -> DTensor:
         """`whole`, which has the shape of the whole of `p`, held as `p` is. Every rank passes the same."""
-        return self._part(whole, self._way(p)[1])
+        part = self._part(whole, self._way(p)[1])
+        if not isinstance(p, DTensor) or p.device_mesh == self.mesh:
+            return part
+        mine = self._only_mine(p)
+        return DTensor.from_local(
+            part._local_tensor, p.device_mesh, mine, run_check=False, shape=part.shape, stride=part.stride()
+        ).redistribute(placements=p.placements)
+
+    def _only_mine(self, value: DTensor) -> list[Placement]:
+        """Placements of a tensor on a larger mesh, whole along the axes of others."""
+        names, mine = value.device_mesh.mesh_dim_names, self.mesh.mesh_dim_names
+        assert names is not None
+        assert mine is not None
+        return [each if name == mine[0] else Replicate() for name, each in zip(names, value.placements, strict=True)]
 
     def _way(self, p: Tensor) -> tuple[str, Way]:
-        """Name and way of a parameter of this mesh."""
-        found = self._known.get(id(p))
-        if found is None or found[0] is not p:
-            found = self._found_anew(p)
+        """Name and way of a parameter of this mesh.
+
+        Raises:
+            StepError: PL544 for another tensor.
+        """
+        found = self._found(p)
+        if found is None:
+            raise StepError("PL544", "a DTensor of the tensor group that is no parameter of the model")
         return found[1], found[2]
 
-    def _found_anew(self, p: Tensor) -> tuple[Tensor, str, Way]:
-        """Another room has put another object in a parameter's place: an unsharded parameter."""
-        for path, root in self._roots:
+    def _found(self, p: Tensor) -> tuple[Tensor, str, Way] | None:
+        found = self._known.get(id(p))
+        if found is not None and found[0] is p:
+            return found
+        for path, root in (
+            *self._roots,
+            *self._copies,
+        ):  # another room has put another object in a parameter's place: an unsharded one
             for prefix, module in root.named_modules(prefix=path):
                 for name, each in module._parameters.items():
                     if each is p:
                         full = f"{prefix}.{name}".lstrip(".")
-                        found = self._known[id(p)] = (p, full, self._ways({path: root})[full])
-                        return found
-        raise StepError("PL544", "a DTensor of the tensor group that is no parameter of the model")
+                        self._known[id(p)] = (p, full, self._ways({path: root})[full])
+                        return self._known[id(p)]
+        return None
 
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Iterator[None]:
@@ -192,7 +216,7 @@ class TensorParallel:
         groups = [list(group["params"]) for group in optimizer.param_groups]
         try:
             for group, params in zip(optimizer.param_groups, groups, strict=True):
-                group["params"] = [self._plain(p, held) for p in params]
+                group["params"] = [self._undressed(p, held) for p in params]
             for p, plain in held:
                 if p in optimizer.state:
                     state = optimizer.state.pop(p)
@@ -206,7 +230,7 @@ class TensorParallel:
                     state = optimizer.state.pop(plain)
                     optimizer.state[p] = {key: _held_as(value, p, plain) for key, value in state.items()}
 
-    def _plain(self, p: nn.Parameter, held: list[tuple[nn.Parameter, nn.Parameter]]) -> nn.Parameter:
+    def _undressed(self, p: nn.Parameter, held: list[tuple[nn.Parameter, nn.Parameter]]) -> nn.Parameter:
         if not isinstance(p, DTensor):
             return p
         plain = nn.Parameter(p._local_tensor, requires_grad=p.requires_grad)
@@ -215,19 +239,38 @@ class TensorParallel:
         return plain
 
     # ---- running ----------------------------------------------------------------------------------------------------
-    def _watch(self, module: nn.Module) -> None:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a user's code outside of the model may use parameters as if they were whole: a penalty on weights, an average."""
+        self.group.forget()
+        with _Watch(self):
+            yield
+
+    def _watch(self, module: nn.Module, path: str) -> None:
         """The outermost module that runs switches the watching on, and off again, also when it raises."""
+        module._tensor_path = path  # type: ignore[assignment]
+        self._paths[id(module)] = path
         module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         running = self._running
         if getattr(running, "module", None) is None:
+            if id(module) not in self._paths:
+                self._take_in(module)
             running.module, running.depth, running.mode = module, 0, _Watch(self)
             self.group.forget()
             running.mode.__enter__()
         if running.module is module:
             running.depth += 1
+
+    def _take_in(self, copied: nn.Module) -> None:
+        """A copy of a module, as an average of weights is, has its hooks too, and is held as the original is."""
+        self._copies.append((copied._tensor_path, copied))  # type: ignore[arg-type]
+        self._paths |= {id(module): path for path, module in copied.named_modules(prefix=str(copied._tensor_path))}
+
+    def __deepcopy__(self, memo: Any) -> TensorParallel:
+        return self
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         running = self._running
@@ -239,14 +282,19 @@ class TensorParallel:
         running.mode.__exit__(None, None, None)
         running.module = running.mode = None
         self.group.forget()
-        return None if self.loss_parallel else _plain(output)
+        return None if self.loss_parallel else plain(output)
 
     def local(self, p: DTensor) -> Tensor:
-        """What stands for a parameter while the model runs: its part, as a split tensor if it is cut."""
-        name, way = self._way(p)
-        local = _Local.apply(p) if p.requires_grad and torch.is_grad_enabled() else p._local_tensor
+        """What stands for a parameter while the model runs: its part, as a split tensor if it is cut. Others stay."""
+        found = self._found(p)
+        if found is None:  # another room's own work on DTensors
+            return p
+        _, name, way = found
+        local = p._local_tensor
+        if p.requires_grad and torch.is_grad_enabled():
+            local = _Local.apply(p)  # type: ignore[no-untyped-call]
         if way.dim is None:
-            return local  # type: ignore[no-any-return]
+            return local
         return Split(local, way.dim, way.layout(self.group.num), self.group, (name,))
 
     # ---- what is told -----------------------------------------------------------------------------------------------
@@ -315,12 +363,13 @@ class _Local(torch.autograd.Function):
         return p._local_tensor.view_as(p._local_tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _as(grad, ctx.p)
 
 
 def _as(local: Tensor, p: Any) -> DTensor:
-    return DTensor(local, copy(p._spec), requires_grad=False)
+    made: DTensor = DTensor(local, copy(p._spec), requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _local(value: Any) -> Any:
@@ -332,27 +381,22 @@ def _held_as(value: Any, p: nn.Parameter, plain: nn.Parameter) -> Any:
     return _as(value, p) if same else value
 
 
-def _plain(output: Any) -> Any:
+def plain(output: Any) -> Any:
     """What a model returned, with whole tensors. Objects of unknown types are left: what is split in them stays usable."""
     if isinstance(output, Split):
-        output.ranks.made_whole(output, NotLocal(RETURNED))
-        return output.whole()
+        return made_whole(output, NotLocal(RETURNED))
     if isinstance(output, dict):
         for key, each in list(output.items()):
-            if (plain := _plain(each)) is not each:
-                output[key] = plain
+            if (new := plain(each)) is not each:
+                output[key] = new
         return output
     if isinstance(output, (tuple, list)) and not isinstance(output, torch.Size):
-        items = [_plain(each) for each in output]
+        items = [plain(each) for each in output]
         if all(new is old for new, old in zip(items, output, strict=True)):
             return output
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if is_dataclass(output) and not isinstance(output, type):
         for key, each in list(vars(output).items()):
-            if (plain := _plain(each)) is not each:
-                setattr(output, key, plain)
+            if (new := plain(each)) is not each:
+                setattr(output, key, new)
     return output
-
-
-def layout_of(way: Way, num: int) -> Layout:
-    return way.layout(num)

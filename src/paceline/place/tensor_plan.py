@@ -1,13 +1,13 @@
-"""Which parameters are split, and how: found by trials of the unchanged model on the meta device, where nothing is computed.
+"""Which parameters are split, and how: found by trials of the unchanged model, with parameters that have shapes and no values.
 
-1. The model runs with every layer that could be cut by its outputs (*column*) cut so. Its output is a split activation, followed
+1. The model runs on a small batch, its parameters and what comes of them on the meta device, with every layer that could be cut by its outputs (*column*) cut so. Its output is a split activation, followed
    through the model by the very rules that training uses (:mod:`paceline.place.tensor_rules`).
 2. A layer that is reached by a split activation uses it up (*row*). An activation that has to be made whole on the way
    means that its layer should not have been split: the reason is kept, the layer is held whole in the next trial.
 3. Where an activation could go on if its features were cut in segments (queries, keys and values computed at once), they are.
 4. The trials end when one brings no news. Tables and heads over a vocabulary are cut by words.
 
-What cannot be run on the meta device (values decide what happens, inputs that cannot be guessed) needs an example or a plan.
+A model that decides by values of activations, or whose inputs cannot be guessed, needs an example or a plan.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from paceline.place.tensor_probe import Call, probes
 from paceline.place.tensor_products import mha_arguments, mha_obstacle
 from paceline.place.tensor_rules import tensors
-from paceline.place.tensor_split import METADATA, Layout, NotLocal, Split, apply
-from paceline.place.tensor_wire import Imagined
+from paceline.place.tensor_split import METADATA, Layout, NotLocal, Split, apply, map_splits
+from paceline.place.tensor_wire import Imagined, around_functions
 from paceline.terms.errors import PacelineError, UsageError
 
 WORDS = ("column", "row", "vocab", "replicate")
@@ -149,7 +149,7 @@ class _Search:
     def run(self, call: Call) -> None:
         while True:
             self.notes = _Notes()
-            _forward(self.model, call, _Watch(self), self._returned)
+            _forward(self.model, call, _Watch(self.model, self), self._returned)
             if not self._learn():
                 return
 
@@ -158,7 +158,17 @@ class _Search:
         if untried is not None:
             self._by_type()
         reason = untried or "the trial did not reach it"
-        return {name: self.notes.ways.get(name) or Way("replicate", reason=reason) for name in self.params}
+        plan = {name: self.notes.ways.get(name) or Way("replicate", reason=reason) for name in self.params}
+        self._refuse_unanswered(plan)
+        return plan
+
+    def _refuse_unanswered(self, plan: Plan) -> None:
+        """Raise UsageError PL543 for a split that was asked for and is not there. A layer's bias goes with its weight."""
+        layers = {name.rpartition(".")[0] for name, p in self.params.items() if p.dim() > 1}
+        for name, word in self.asked.items():
+            alone = self.params[name].dim() > 1 or name.rpartition(".")[0] not in layers
+            if word != "replicate" and alone and plan[name].dim is None:
+                raise UsageError("PL543", f"{name} cannot be split as {word!r}: {plan[name].reason}")
 
     def _learn(self) -> bool:
         notes = self.notes
@@ -212,9 +222,12 @@ class _Search:
 
     def decide(self, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A layer is about to run: how its parameters are held, unless that is known by now."""
-        body = {"linear": self._linear, "addmm": self._addmm, "embedding": self._embedding}.get(function)
-        if body is not None:
-            body(*args, **kwargs)
+        if function == "linear":
+            self._linear(*args, **kwargs)
+        elif function == "addmm":
+            self._addmm(*args, **kwargs)
+        elif function == "embedding":
+            self._embedding(*args, **kwargs)
         elif function == "multi_head_attention_forward":
             self._attention(mha_arguments(*args, **kwargs))
 
@@ -315,11 +328,11 @@ class _Search:
             self._cut(bias, a["in_proj_bias"], Way("column", 0, segments))
         self._hold("added after the sum", a["out_proj_bias"])
 
-    def resolve(self, value: Tensor, function: str) -> Tensor:
-        """What stands for a parameter, a buffer or another tensor with values in the trial."""
+    def resolve(self, value: Tensor, function: str) -> Tensor | None:
+        """What stands for a parameter in the trial; None for other tensors."""
         name = self.names.get(id(value))
         if name is None:
-            return value if value.is_meta else value.detach().to("meta")
+            return None
         way = self.notes.ways.get(name)
         if way is None:
             way = self.notes.ways[name] = Way("replicate", reason=f"read whole by {function.strip('_')}")
@@ -335,7 +348,7 @@ class _Search:
         for path, module in self.model.named_modules():
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             name = self.names.get(id(weight))
-            if name not in self.asked or self.asked[name] == "replicate":
+            if name is None or self.asked.get(name, "replicate") == "replicate":
                 continue
             shadow = torch.empty(0, device="meta")
             if isinstance(module, nn.Linear):
@@ -353,11 +366,17 @@ def _is_weight(p: Tensor) -> bool:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows split activations through one run."""
+    """Follows split activations through one run.
 
-    def __init__(self, search: _Search | None) -> None:
+    Parameters are on the meta device; what does not come of them (inputs, masks, positions) has values, so a model may look at
+    these. Where both meet the result is on the meta device. Buffers are copies.
+    """
+
+    def __init__(self, model: nn.Module, search: _Search | None) -> None:
         super().__init__()
         self._search = search
+        self._copies = {id(p): p.detach().to("meta") for p in model.parameters()}
+        self._copies |= {id(b): b.detach().clone() if b.is_meta else b.detach().cpu().clone() for b in model.buffers()}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -374,23 +393,38 @@ class _Watch(TorchFunctionMode):
         if self._search is not None:
             self._search.decide(name, args, kwargs)
         args, kwargs = self._resolved(args, name), self._resolved(kwargs, name)
-        if any(isinstance(each, Split) for each in tensors((args, kwargs))):
+        given = list(tensors((args, kwargs)))
+        if not given and "device" in kwargs and torch.device(kwargs["device"] or "cpu").type == "meta":
+            kwargs = {**kwargs, "device": "cpu"}  # made beside an activation, as positions and masks are: with values
+        if any(each.is_meta for each in given):
+            args, kwargs = _on_meta(args), _on_meta(kwargs)
+        if any(isinstance(each, Split) for each in given):
             return apply(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _resolved(self, value: Any, function: str) -> Any:
-        if isinstance(value, Split):
-            return value
-        if isinstance(value, Tensor):
-            if self._search is not None:
-                return self._search.resolve(value, function)
-            return value if value.is_meta else value.detach().to("meta")
-        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-            items = [self._resolved(each, function) for each in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, dict):
-            return {key: self._resolved(each, function) for key, each in value.items()}
-        return value
+        def one(each: Tensor) -> Tensor:
+            found = self._search.resolve(each, function) if self._search is not None else None
+            if found is None:
+                found = self._copies.get(id(each), each)
+            return found if found.is_meta or found.is_cpu else found.cpu()
+
+        return _mapped(value, one)
+
+
+def _on_meta(value: Any) -> Any:
+    return _mapped(value, lambda each: each if each.is_meta else each.to("meta"))
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return value if isinstance(value, Split) else change(value)
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        items = [_mapped(each, change) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: _mapped(each, change) for key, each in value.items()}
+    return value
 
 
 def _nowhere(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -401,13 +435,13 @@ def _nowhere(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[A
     return (args[0], *rest), {key: each for key, each in kwargs.items() if key == "dtype" and each is not None}
 
 
-# ---- running on the meta device ---------------------------------------------------------------------------------------
+# ---- running without values --------------------------------------------------------------------------------------------
 def _runnable(model: nn.Module, example: Any) -> tuple[Call | None, str]:
     """The first probe that the model runs with; else why the first did not."""
     why = ""
     for call in probes(model, example):
         try:
-            _forward(model, call, _Watch(None), lambda output: None)
+            _forward(model, call, _Watch(model, None), lambda output: None)
             return call, ""
         except PacelineError:
             raise
@@ -420,9 +454,14 @@ def _forward(model: nn.Module, call: Call, watch: _Watch, returned: Callable[[An
     args, kwargs = call
     with _untouched(model), warnings.catch_warnings(), torch.no_grad(), ExitStack() as stack:
         warnings.simplefilter("ignore")
-        stack.enter_context(torch.device("meta"))
+        stack.enter_context(around_functions(_whole_for_function))
         stack.enter_context(watch)
         returned(model(*args, **kwargs))
+
+
+def _whole_for_function(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A user's own autograd Function works below what rules can see."""
+    return tuple(map_splits(each, NotLocal("a torch.autograd.Function is applied to it")) for each in args)
 
 
 @contextmanager
@@ -439,8 +478,3 @@ def _untouched(model: nn.Module) -> Any:
             module._buffers.clear()
             module._buffers.update(buffers)
         torch.set_rng_state(random)
-
-
-def narrowed(plan: Plan, names: Sequence[str]) -> Plan:
-    """The ways of these parameters."""
-    return {name: replace(plan[name]) for name in names}

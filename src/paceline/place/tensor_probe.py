@@ -1,4 +1,4 @@
-"""Inputs for a trial of a model that nobody has described: shapes are read off its first layers, on the meta device.
+"""Inputs for a trial of a model that nobody has described: shapes are read off its first layers.
 
 1. An example that was given: a batch as the loader makes it.
 2. A model of the Hugging Face kind says what it reads (``main_input_name``) and how large (``config``).
@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,32 +21,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def probes(model: nn.Module, example: Any = None) -> Iterator[Call]:
-    """Arguments to try, on the meta device, most likely first."""
+    """Arguments to try, most likely first."""
     if example is not None:
-        yield from _from_example(_meta(example))
+        yield from _from_example(example)
     yield from _from_config(model)
     required = _required(model)
     for tensor in _from_layers(model):
         yield (tensor,) * required, {}
 
 
-def _meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _meta(each) for key, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_meta(each) for each in value)
-    return value
-
-
 def _from_example(example: Any) -> Iterator[Call]:
     if isinstance(example, dict):
         yield (), example
         yield (example,), {}
-    elif isinstance(example, tuple):
+    elif isinstance(example, (tuple, list)):
         for count in range(1, len(example) + 1):
-            yield example[:count], {}
+            yield tuple(example[:count]), {}
     else:
         yield (example,), {}
 
@@ -55,17 +46,23 @@ def _from_config(model: nn.Module) -> Iterator[Call]:
     if config is None or not isinstance(reads, str):
         return
     if reads == "input_ids":
+        words = getattr(config, "vocab_size", 100)
         for time in TIMES:
-            yield (), {reads: _ids(time)}
-            yield (), {reads: _ids(time), "decoder_input_ids": _ids(time)}
+            yield (), {reads: _ids(time, words)}
+            yield (), {reads: _ids(time, words), "decoder_input_ids": _ids(time, words)}
     side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
     if reads == "pixel_values" and side is not None:
         shape = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
-        yield (), {reads: torch.empty((BATCH, channels, *shape), device="meta")}
+        yield (), {reads: _floats((BATCH, channels, *shape))}
 
 
-def _ids(time: int) -> Tensor:
-    return torch.empty((BATCH, time), dtype=torch.long, device="meta")
+def _ids(time: int, words: int = 100) -> Tensor:
+    """Words that differ, above those that mean an end or padding where there are so many."""
+    return (3 + torch.arange(BATCH * time).view(BATCH, time)) % max(1, words)
+
+
+def _floats(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.linspace(0.1, 1.0, math.prod(shape)).reshape(tuple(shape)).to(dtype)
 
 
 def _required(model: nn.Module) -> int:
@@ -84,25 +81,25 @@ def _from_layers(model: nn.Module) -> Iterator[Tensor]:
     for module in _first_layers(model):
         dtype = next(module.parameters()).dtype
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            yield from (_ids(time) for time in times)
+            yield from (_ids(time, module.num_embeddings) for time in times)
             return
         if isinstance(module, nn.modules.conv._ConvNd):
             rank = len(module.kernel_size)
             for side in SIDES:
-                yield torch.empty((BATCH, module.in_channels, *(side,) * rank), dtype=dtype, device="meta")
+                yield _floats((BATCH, module.in_channels, *(side,) * rank), dtype)
             return
         width = _width(module)
         if width is not None:
             for shape in ((BATCH, width), *((BATCH, time, width) for time in times)):
-                yield torch.empty(shape, dtype=dtype, device="meta")
+                yield _floats(shape, dtype)
             return
 
 
 def _first_layers(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) or any(True for _ in module.parameters(recurse=False)):
-            if module is not model or not any(True for _ in module.children()):
-                yield module
+        holds = isinstance(module, nn.MultiheadAttention) or any(True for _ in module.parameters(recurse=False))
+        if holds and (module is not model or not any(True for _ in module.children())):
+            yield module
 
 
 def _width(module: nn.Module) -> int | None:

@@ -12,21 +12,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from paceline.place.tensor_rules import beside, mask, together
-from paceline.place.tensor_split import Layout, NotLocal, Split, rule
+from paceline.place.tensor_split import Layout, NotLocal, Split, made_whole, rule
 
 Call = Callable[..., Any]
 
 
 def whole(value: Any, reason: str) -> Any:
     """The plain tensor; a split one is gathered, and that is reported."""
-    if isinstance(value, Split):
-        value.ranks.made_whole(value, NotLocal(reason))
-        return value.whole()
-    return value
+    return made_whole(value, NotLocal(reason)) if isinstance(value, Split) else value
 
 
 def _like(value: Any, split: Split, dim: int, layout: Layout) -> Any:
@@ -54,7 +51,7 @@ def _linear(func: Call, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         return Split(part, -1, weight.cuts, ranks, weight.origins)
     if isinstance(weight, Split):
         part = _like(input, weight, -1, weight.cuts) if not isinstance(input, Split) else _row_input(input, weight)
-        out = weight.ranks.total(func(part, weight.part))
+        out = weight.ranks.total(func(part, weight.part), fresh=True)
         return out if bias is None else out + whole(bias, "a bias that is split")
     if not isinstance(input, Split):
         return func(input, weight, whole(bias, "a bias that is split"))
@@ -104,7 +101,7 @@ def _matmul(func: Call, first: Tensor, second: Tensor) -> Any:
             if isinstance(first, Split)
             else second.ranks.cut(first, first.dim() - 1, second.cuts)
         )
-        return second.ranks.total(torch.matmul(part, second.part))
+        return second.ranks.total(torch.matmul(part, second.part), fresh=True)
     if inner_a:
         raise NotLocal("a product over the split dim")
     if outer_b:
@@ -213,7 +210,7 @@ def _attend(
     return (scores.softmax(-1) * mask(split, shape, p)) @ value
 
 
-_MHA = inspect.signature(F.multi_head_attention_forward)
+_MHA = inspect.signature(functional.multi_head_attention_forward)
 
 
 def mha_arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -261,9 +258,9 @@ def _mha(func: Call, *args: Any, **kwargs: Any) -> Any:
         weights = weights * mask(by_head, shape, p) if p else weights
         out = weights @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
     out = out.permute(2, 0, 1, 3).reshape(q.shape[2], q.shape[0], -1)
-    out = ranks.total(F.linear(out, out_weight.part))
+    out = ranks.total(functional.linear(out, out_weight.part), fresh=True)
     if a["out_proj_bias"] is not None:
         out = out + whole(a["out_proj_bias"], "a bias that is split")
     if not a["need_weights"]:
@@ -277,11 +274,11 @@ def _project(query: Tensor, key: Tensor, value: Tensor, weight: Split, bias: Any
     ranks = weight.ranks
     part = _like(bias, weight, 0, weight.cuts)
     if query is key and key is value:
-        q, k, v = F.linear(ranks.enter(query), weight.part, part).chunk(3, -1)
+        q, k, v = functional.linear(ranks.enter(query), weight.part, part).chunk(3, -1)
         return q, k, v
     biases = (None,) * 3 if part is None else part.chunk(3)
     inputs = zip((query, key, value), weight.part.chunk(3), biases, strict=True)
-    q, k, v = (F.linear(ranks.enter(each), w, b) for each, w, b in inputs)
+    q, k, v = (functional.linear(ranks.enter(each), w, b) for each, w, b in inputs)
     return q, k, v
 
 
@@ -336,7 +333,7 @@ def _embedding(
     mine = (input >= start) & (input < end)
     local = None if padding_idx is None or not start <= padding_idx < end else padding_idx - start
     found = func((input - start).clamp(0, end - start - 1), weight.part, local)
-    return ranks.total(found * mine.unsqueeze(-1))
+    return ranks.total(found * mine.unsqueeze(-1), fresh=True)
 
 
 @rule("cross_entropy")

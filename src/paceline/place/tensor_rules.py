@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import EllipsisType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from paceline.place.tensor_split import Layout, NotLocal, Split, rule, splits
 
@@ -51,7 +51,7 @@ def beside(value: Any, split: Split, right: int) -> Any:
     """What stands beside a part in a function that broadcasts: the part of a tensor that has the dim, else the tensor."""
     if isinstance(value, Split):
         return value.part
-    if not isinstance(value, Tensor) or value.dim() == 0 and not value.requires_grad:
+    if not isinstance(value, Tensor) or (value.dim() == 0 and not value.requires_grad):
         return value
     dim = value.dim() + right
     if dim < 0 or value.shape[dim] == 1:
@@ -69,7 +69,6 @@ def unary(func: Call, split: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(split, Split):
         args = tuple(each.part if isinstance(each, Split) else each for each in args)
         return func(split, *args, **kwargs)
-    (split,) = splits(split)
     if func.__name__ == "__get__":
         return split.like(split.part.detach())
     part = func(split.part, *(each.part if isinstance(each, Split) else each for each in args), **kwargs)
@@ -98,7 +97,7 @@ def pointwise(func: Call, *args: Any, **kwargs: Any) -> Any:
 
 def _in_place(func: Call) -> bool:
     name = func.__name__
-    return name.startswith("__i") and name != "__invert__" or name.endswith("_") and not name.endswith("__")
+    return (name.startswith("__i") and name != "__invert__") or (name.endswith("_") and not name.endswith("__"))
 
 
 @rule("glu")
@@ -121,7 +120,7 @@ def _dropout(
 
 def mask(split: Split, shape: Sequence[int], p: float) -> Tensor:
     """This rank's part of a dropout mask of the whole `shape`, already divided by the probability to be kept."""
-    whole = F.dropout(torch.ones(shape, dtype=split.part.dtype, device=split.part.device), p)
+    whole = functional.dropout(torch.ones(shape, dtype=split.part.dtype, device=split.part.device), p)
     return split.cuts.cut(whole, split.cut_dim, split.ranks.rank)
 
 
@@ -143,12 +142,12 @@ def _new_shape(name: str, split: Split, args: Sequence[Any], kwargs: dict[str, A
     """The whole shape that is asked for, without -1."""
     old = list(split.shape)
     if name == "flatten":
-        start, end, *_ = (*args, *kwargs.values(), *(0, -1)[len(args) + len(kwargs) :])
-        start, end = start % len(old), end % len(old)
+        start = kwargs.get("start_dim", args[0] if args else 0) % len(old)
+        end = kwargs.get("end_dim", args[1] if len(args) > 1 else -1) % len(old)
         return [*old[:start], math.prod(old[start : end + 1]), *old[end + 1 :]]
     if name == "unflatten":
-        dim, sizes = (*args, *kwargs.values())
-        dim, total = dim % len(old), old[dim]
+        dim = kwargs.get("dim", args[0] if args else 0) % len(old)
+        sizes, total = kwargs.get("sizes", args[-1] if args else ()), old[dim]
         return [*old[:dim], *_filled(list(sizes), total), *old[dim + 1 :]]
     if name.endswith("_as"):
         return list(args[0].shape)
@@ -274,7 +273,7 @@ def _sliced(split: Split, item: slice) -> tuple[slice, Layout]:
             split.cuts.segments[first:last], split.ranks.num
         )
     cuts = sorted({0, start, end, split.cuts.total})
-    raise NotLocal("a slice of the split dim", tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False)))
+    raise NotLocal("a slice of the split dim", tuple(b - a for a, b in pairwise(cuts)))
 
 
 @rule("chunk", "split", "split_with_sizes", "unbind", "tensor_split")
@@ -291,7 +290,7 @@ def _pieces(func: Call, split: Split, *args: Any, **kwargs: Any) -> Any:
     if tuple(sizes) != split.cuts.segments:
         raise NotLocal("pieces of the split dim", tuple(sizes))
     lengths = [end - start for start, end in split.cuts.spans(split.ranks.rank)]
-    pieces = zip(split.part.split(lengths, dim), sizes, strict=True)
+    pieces = zip(torch.split(split.part, lengths, dim), sizes, strict=True)
     return tuple(split.like(piece, dim, Layout((size,), split.ranks.num)) for piece, size in pieces)
 
 

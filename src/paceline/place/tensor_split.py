@@ -68,7 +68,7 @@ class Layout:
         if len(self.segments) == 1:
             return torch.cat(list(parts), dim)
         sizes = [[end - start for start, end in self.spans(rank)] for rank in range(self.num)]
-        cuts = [part.split(size, dim) for part, size in zip(parts, sizes, strict=True)]
+        cuts = [torch.split(part, size, dim) for part, size in zip(parts, sizes, strict=True)]
         return torch.cat([cut[segment] for segment in range(len(self.segments)) for cut in cuts], dim)
 
     def scaled(self, factor: int) -> Layout:
@@ -98,8 +98,8 @@ class Ranks(Protocol):
     def enter(self, whole: Tensor) -> Tensor:
         """The same tensor, for computing a part with it: backward sums the gradient over the ranks."""
 
-    def total(self, part: Tensor) -> Tensor:
-        """Sum over the ranks; backward hands the gradient on as it is."""
+    def total(self, part: Tensor, *, fresh: bool = False) -> Tensor:
+        """Sum over the ranks; backward hands the gradient on as it is. In place where `part` is nobody else's: `fresh`."""
 
     def largest(self, part: Tensor) -> Tensor:
         """Maximum over the ranks, without a gradient."""
@@ -145,13 +145,11 @@ class Split(Tensor):
     origins: tuple[str, ...]
 
     @staticmethod
-    def __new__(  # noqa: D102
-        cls, part: Tensor, dim: int, layout: Layout, ranks: Ranks, origins: tuple[str, ...] = ()
-    ) -> Split:
+    def __new__(cls, part: Tensor, dim: int, layout: Layout, ranks: Ranks, origins: tuple[str, ...] = ()) -> Split:
         dim = dim % part.dim()
         shape = list(part.shape)
         shape[dim] = layout.total
-        made: Split = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Split = Tensor._make_wrapper_subclass(
             cls, shape, dtype=part.dtype, device=part.device, requires_grad=part.requires_grad
         )
         made.part, made.cut_dim, made.cuts, made.ranks, made.origins = part, dim, layout, ranks, origins
@@ -164,10 +162,10 @@ class Split(Tensor):
         return apply(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
         _refuse(f"{func} reached an activation that is split over the tensor group")
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"Split({tuple(self.shape)}, dim {self.cut_dim} over {self.ranks.num} ranks)"
 
@@ -185,10 +183,51 @@ RULES: dict[str, Rule] = {}
 T = TypeVar("T", bound=Rule)
 
 METADATA = frozenset(
-    "shape dtype device ndim layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested is_leaf "
-    "requires_grad names itemsize nbytes grad grad_fn _version is_mkldnn is_sparse_csr is_complex "
-    "size dim ndimension numel nelement stride is_contiguous element_size is_floating_point storage_offset "
-    "get_device __len__ type requires_grad_ __hash__ is_inference is_tensor is_same_size is_signed".split()
+    [
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_mps",
+        "is_xpu",
+        "is_sparse",
+        "is_quantized",
+        "is_nested",
+        "is_leaf",
+        "requires_grad",
+        "names",
+        "itemsize",
+        "nbytes",
+        "grad",
+        "grad_fn",
+        "_version",
+        "is_mkldnn",
+        "is_sparse_csr",
+        "is_complex",
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "is_contiguous",
+        "element_size",
+        "is_floating_point",
+        "storage_offset",
+        "get_device",
+        "__len__",
+        "type",
+        "requires_grad_",
+        "__hash__",
+        "is_inference",
+        "is_tensor",
+        "is_same_size",
+        "is_signed",
+    ]
 )
 
 
@@ -217,8 +256,11 @@ def apply(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     if name in METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if name == "__set__" or name == "data" and len(args) > 1:
+    if name == "__set__" or (name == "data" and len(args) > 1):
         _refuse(f"the attribute {name!r} of a split activation is written")
+    for split in splits(*args, *kwargs.values()):
+        if _grad_fn(split) is not None:
+            _refuse("a torch.autograd.Function was applied to a split activation")
     body = RULES.get(name)
     try:
         if body is None:
@@ -234,10 +276,7 @@ def apply(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
 def map_splits(value: Any, why: NotLocal) -> Any:
     """The same arguments with whole tensors."""
     if isinstance(value, Split):
-        if _grad_fn(value) is not None:
-            _refuse("a torch.autograd.Function was applied to a split activation")
-        value.ranks.made_whole(value, why)
-        return value.whole()
+        return made_whole(value, why)
     if isinstance(value, (tuple, list)):
         items = [map_splits(item, why) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -246,12 +285,18 @@ def map_splits(value: Any, why: NotLocal) -> Any:
     return value
 
 
+def made_whole(split: Split, why: NotLocal) -> Tensor:
+    """The plain tensor of a split one, and told so (collective)."""
+    if _grad_fn(split) is not None:
+        _refuse("a torch.autograd.Function was applied to a split activation")
+    split.ranks.made_whole(split, why)
+    return split.whole()
+
+
 def splits(*values: Any) -> Iterator[Split]:
     """The split tensors among arguments, also in lists and tuples."""
     for value in values:
         if isinstance(value, Split):
-            if _grad_fn(value) is not None:
-                _refuse("a torch.autograd.Function was applied to a split activation")
             yield value
         elif isinstance(value, (tuple, list)):
             yield from splits(*value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -235,7 +236,7 @@ def train(
             number += 1
             value, other = LOSSES[loss](name, model, given)
             (value / accumulate).backward()
-            seen.append([value.item(), float(other)])
+            seen.append([value.item(), other.item()])
         if clip:
             seen[-1].append(float(nn.utils.clip_grad_norm_(model.parameters(), clip)))
         opt.step()
@@ -249,9 +250,24 @@ def optimizer(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), 3e-3, eps=1e-4)
 
 
+def leave(*pipelines: Pipeline) -> None:
+    """Nothing of the group is left when the interpreter ends."""
+    for pipeline in pipelines:
+        pipeline.close()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def parities(peer: Peer, store: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several cases on the same processes."""
+    group = join(peer, store)
+    found = [parity(group, **case) for case in cases]
+    leave()
+    return found
+
+
 def parity(
-    peer: Peer,
-    store: str,
+    group: dist.ProcessGroup,
     name: str,
     schedule: str,
     steps: int = 6,
@@ -261,7 +277,6 @@ def parity(
 ) -> dict[str, Any]:
     """Train by a pipeline and in one process: the largest differences of parameters, of what was read, of evaluation."""
     loop = {"rows": [ROWS], **loop}
-    group = join(peer, store)
     reference = build(name)
     expected = train(name, reference, optimizer(reference), steps, **loop)
     model = build(name)
@@ -287,5 +302,5 @@ def parity(
     whole, full = pipeline.state.whole(everywhere=True), reference.state_dict()
     result["whole"] = max(float((whole[n] - t).abs().max()) for n, t in full.items() if n in whole)
     result["names"] = sorted(whole) == sorted({n for n, _ in [*reference.named_parameters(), *reference.named_buffers()]})
-    dist.destroy_process_group()
+    pipeline.close()
     return result

@@ -283,7 +283,7 @@ class Pipeline:
         record.trip = None
         record.done = True
         trip.record, trip.loss = record, loss
-        kind = (loss, tuple(getattr(node.func, "__name__", "") for node in record.nodes), trip.key)
+        kind = (loss, tuple(getattr(node.func, "__name__", "") for node in record.nodes))
         in_parts = not self.schedule.form.whole_loss and trip.batch.count > 1
         check = in_parts and kind not in self._sums_known
         self._on_begin()
@@ -372,6 +372,15 @@ class Pipeline:
         for _, p in self.held:
             if p.grad is not None:
                 p.grad = plain(p.grad)
+
+    def close(self) -> None:
+        """Let go of the group. The model keeps what this rank holds, and has its own forward again."""
+        self.unmark()
+        self.model.__dict__.pop("forward", None)
+        if getattr(self.model.forward, "__func__", None) is not getattr(self.forward, "__func__", None):
+            self.model.forward = self.forward
+        del self.post, self.group, self.state
+        self.__dict__.pop("runner", None)
 
     @contextlib.contextmanager
     def _left_alone(self) -> Iterator[None]:

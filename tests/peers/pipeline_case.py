@@ -244,7 +244,7 @@ def train(
     return seen
 
 
-def optimizer(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
     if kind == "sgd":
         return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     return torch.optim.AdamW(model.parameters(), 3e-3, eps=1e-4)
@@ -283,10 +283,15 @@ def parity(
     opt = optimizer(model)
     pipeline = Pipeline(group, torch.device("cpu"), schedule=schedule, microbatches=microbatches, cuts=cuts)
     pipeline.place(model, [opt])
+    modes: list[str] = []
+    pipeline.watch = lambda trip: modes.append(trip.mode)
     found = train(name, model, opt, steps, **loop)
     theirs = dict(reference.named_parameters())
     read = [abs(a - b) for mine, other in zip(found, expected, strict=True) for a, b in zip(mine, other, strict=True)]
+    begin = dict(build(name).named_parameters())
     result = {
+        "moved": max(float((theirs[n] - begin[n]).detach().abs().max()) for n in theirs),
+        "modes": modes,
         "params": max((float((p - theirs[n]).detach().abs().max()) for n, p in pipeline.held), default=0.0),
         "read": max(read),
         "held": [n for n, _ in pipeline.held],

@@ -223,11 +223,19 @@ def _attribute(func: Any, name: str, first: Deferred, args: Any) -> Any:
     if what == "is_leaf":
         return False
     if what in ("T", "mT", "H", "mH", "real", "imag", "data"):
-        steps = {"data": torch.Tensor.detach, "T": lambda t: t.T, "mT": lambda t: t.mT, "H": lambda t: t.H, "mH": lambda t: t.mH}
-        step = steps.get(what) or (lambda t: getattr(t, what))
+        step = _getter(what)
         return _after(step, first, (first,), {}) if first.record.done else _record(step, what, first.record, (first,), {})
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args)
+
+
+def _getter(what: str) -> Callable[[Tensor], Tensor]:
+    def get(t: Tensor) -> Tensor:
+        found: Tensor = t.detach() if what == "data" else getattr(t, what)
+        return found
+
+    get.__name__ = what
+    return get
 
 
 def _backward(loss: Deferred, args: Any, kwargs: Any) -> None:

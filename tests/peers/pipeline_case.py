@@ -206,6 +206,7 @@ def masked_tokens(name: str, model: nn.Module, given: dict[str, Tensor]) -> tupl
 
 
 def contrastive(name: str, model: nn.Module, given: dict[str, Tensor]) -> tuple[Any, Any]:
+    """Each row is told from all others."""
     z = F.normalize(model(given["x"]), dim=-1)
     return F.cross_entropy(z @ z.T / 0.5, torch.arange(len(z))), z.sum()
 
@@ -273,14 +274,16 @@ def parity(
     steps: int = 6,
     microbatches: int = 4,
     cuts: list[str] | None = None,
+    adamw: bool = False,
     **loop: Any,
 ) -> dict[str, Any]:
     """Train by a pipeline and in one process: the largest differences of parameters, of what was read, of evaluation."""
     loop = {"rows": [ROWS], **loop}
+    kind = "adamw" if adamw else "sgd"
     reference = build(name)
-    expected = train(name, reference, optimizer(reference), steps, **loop)
+    expected = train(name, reference, optimizer(reference, kind), steps, **loop)
     model = build(name)
-    opt = optimizer(model)
+    opt = optimizer(model, kind)
     pipeline = Pipeline(group, torch.device("cpu"), schedule=schedule, microbatches=microbatches, cuts=cuts)
     pipeline.place(model, [opt])
     modes: list[str] = []

@@ -59,14 +59,13 @@ class Reading(nn.Module):
 
 
 class Dropping(Reading):
-    """Leaves out a layer in its third forward."""
+    """Leaves out a block when it is told to."""
 
-    calls = 0
+    drop = False
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
         for i, block in enumerate(self.blocks):
-            if self.calls < 12 or i != 1:
+            if not self.drop or i != 1:
                 x = block(x)
         return x
 
@@ -141,10 +140,17 @@ def refusals(peer: Peer, store: str) -> dict[str, Any]:
         if peer.rank == 0:
             out.sum(0).tolist()
 
+    def held_on_to() -> None:
+        model = nn.Sequential(*(nn.LayerNorm(8) for _ in range(4))).double()
+        graph = model(x).sum()
+        started(model)[0](x)
+        graph.backward()
+
     def dropped() -> None:
         model, _ = started(Dropping("").double())
-        for _ in range(3):
-            model(x).mean().backward()
+        model(x).mean().backward()
+        model.drop = True
+        model(x).mean().backward()
 
     return_codes = {
         "a schedule of another name": lambda: Pipeline(group, CPU, schedule="zigzag", microbatches=4),
@@ -170,6 +176,7 @@ def refusals(peer: Peer, store: str) -> dict[str, Any]:
         "contrastive, 1f1b": contrastive("1f1b"),
         "contrastive, gpipe": contrastive("gpipe"),
         "saved": lambda: torch.save(mlp.state_dict(), peer.directory / f"{peer.rank}.pt"),
+        "somebody holds on": held_on_to,
         "another way": dropped,
     }
     found = {}
@@ -285,7 +292,7 @@ def features(peer: Peer, store: str) -> dict[str, Any]:
 
     losses = []
     for _ in range(2):
-        pipeline, model, *_ = pair(dropping, seed=3)
+        pipeline, model, *_ = pair(dropping, seed=3, cuts=["2.0"])
         torch.manual_seed(5)
         value = model(torch.ones(12, 8)).pow(2).mean()
         value.backward()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as tree
 
+from paceline.place.torch_private import become
 from paceline.terms.errors import StepError
 
 META = torch.device("meta")
@@ -107,7 +108,7 @@ def vanish(p: nn.Parameter, origin: str, total: Total) -> None:
     """Take the values of a parameter away, whoever refers to it. Raises StepError PL527 where a graph still holds it."""
     p.grad = None
     try:
-        torch.utils.swap_tensors(p, stand_in(p, origin, total))
+        become(p, stand_in(p, origin, total))
     except RuntimeError as error:
         raise StepError("PL527", f"parameter {origin!r} cannot be moved to another stage now: {error}") from error
 

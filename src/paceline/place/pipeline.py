@@ -131,6 +131,11 @@ class Pipeline:
         found = {name: p for stage in self.stages for name, p in self.setting.held[stage]}
         return list(found.items())
 
+    @property
+    def cut_names(self) -> list[str]:
+        """Names of the blocks with which the second and later stages begin: as ``cuts`` they give the same cut again."""
+        return [self.parts.positions[stage.first] for stage in self.parts.stages[1:]]
+
     def cut(self, args: Any, kwargs: Any) -> None:
         """Cut the model, along the way of this forward. All ranks call it with the same batch.
 

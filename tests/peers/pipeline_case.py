@@ -107,7 +107,13 @@ class Skips(nn.Module):
 
 def perceptron() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, CLASSES)
+        nn.Linear(8, 16),
+        nn.ReLU(inplace=True),
+        nn.Linear(16, 16),
+        nn.Tanh(),
+        nn.Linear(16, 16),
+        nn.Tanh(),
+        nn.Linear(16, CLASSES),
     )
 
 
@@ -118,11 +124,20 @@ def hugging_face(name: str) -> nn.Module:
     small = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
     if name == "gpt2":
         config = t.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=4, n_head=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
+            vocab_size=VOCABULARY,
+            n_positions=16,
+            n_embd=16,
+            n_layer=4,
+            n_head=2,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
         )
         return t.GPT2LMHeadModel(config)
     if name == "llama":
-        return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=16, **small))
+        return t.LlamaForCausalLM(
+            t.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=16, **small)
+        )
     if name == "bert":
         config = t.BertConfig(
             vocab_size=VOCABULARY,
@@ -134,7 +149,13 @@ def hugging_face(name: str) -> nn.Module:
         )
         return t.BertForSequenceClassification(config)
     config = t.ViTConfig(
-        image_size=8, patch_size=4, num_channels=1, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **small
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **small,
     )
     return t.ViTForImageClassification(config)
 
@@ -309,6 +330,8 @@ def parity(
         result["evaluation"] = abs(float(loss_of(name, model, given)[0]) - float(loss_of(name, reference, given)[0]))
     whole, full = pipeline.state.whole(everywhere=True), reference.state_dict()
     result["whole"] = max(float((whole[n] - t).abs().max()) for n, t in full.items() if n in whole)
-    result["names"] = sorted(whole) == sorted({n for n, _ in [*reference.named_parameters(), *reference.named_buffers()]})
+    result["names"] = sorted(whole) == sorted(
+        {n for n, _ in [*reference.named_parameters(), *reference.named_buffers()]}
+    )
     pipeline.close()
     return result

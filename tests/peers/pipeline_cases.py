@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from paceline.place.absent import Absent
 from paceline.place.pipeline import Pipeline
 from peers import pipeline_case as case
 from support.peers import Peer, outcome
@@ -101,7 +100,7 @@ def refusals(peer: Peer, store: str) -> dict[str, Any]:
         return model, opt
 
     x, y = torch.randn(12, 8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % case.CLASSES
-    mlp, opt = started(case.build("mlp"))
+    mlp, _ = started(case.build("mlp"))
 
     def loss() -> Any:
         return F.cross_entropy(mlp(x), y)
@@ -265,7 +264,8 @@ def features(peer: Peer, store: str) -> dict[str, Any]:
     mine = {n: {"momentum_buffer": opt.state[p]["momentum_buffer"], "step": 2} for n, p in pipeline.held}
     extras = pipeline.state.extras(mine, everywhere=True)
     found["optimizer's state"] = max(
-        float((extras[n]["momentum_buffer"] - theirs.state[p]["momentum_buffer"]).abs().max()) for n, p in reference.named_parameters()
+        float((extras[n]["momentum_buffer"] - theirs.state[p]["momentum_buffer"]).abs().max())
+        for n, p in reference.named_parameters()
     ) + sum(extras[n]["step"] != 2 for n in extras)
     torch.manual_seed(9)
     other = case.GPT().double()
@@ -281,7 +281,9 @@ def features(peer: Peer, store: str) -> dict[str, Any]:
     text = f"{loss:.3f} {out}"
     loss.backward()
     found["printed"] = "known after" in text and f"{loss:.3f}" == f"{loss.item():.3f}"
-    found["afterwards"] = out.shape == (12, case.TIME, case.VOCABULARY) and float(out.softmax(-1).sum()) - 12 * case.TIME
+    found["afterwards"] = (
+        out.shape == (12, case.TIME, case.VOCABULARY) and float(out.softmax(-1).sum()) - 12 * case.TIME
+    )
     # the script's own streams are untouched, and dropout is the same for the same seed
     torch.manual_seed(5)
     expected = torch.rand(3)

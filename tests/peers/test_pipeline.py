@@ -43,7 +43,10 @@ def test_a_tied_gpt_on_every_schedule_and_a_perceptron() -> None:
     """Batches of three sizes; the number of micro-batches divides only one of them."""
     rows = [12, 7, 13]
     check(2, *({"name": "gpt", "schedule": schedule, "rows": rows} for schedule in FORMS))
-    check(2, *({"name": "mlp", "schedule": schedule, "rows": rows} for schedule in ("gpipe", "zero_bubble", *more(*FORMS))))
+    check(
+        2,
+        *({"name": "mlp", "schedule": schedule, "rows": rows} for schedule in ("gpipe", "zero_bubble", *more(*FORMS))),
+    )
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", *more(*FORMS)])
@@ -135,6 +138,6 @@ def test_what_a_loop_may_do_besides() -> None:
         assert found.pop("wrong state") == "PL610"
         for what, value in found.items():
             assert value is True if isinstance(value, bool) else abs(value) <= EXACT, what
-        assert "stage" in described and "2" in described
+        assert described.startswith("stage")
         assert drawn.splitlines()[0].startswith("rank 0  0F0")
         assert picture == "<svg"

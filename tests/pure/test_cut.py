@@ -97,7 +97,11 @@ def test_messages_arrive_in_the_order_in_which_they_are_sent(name: str) -> None:
     for sender in range(3):
         for receiver in range(3):
             sent = [
-                (1 if a.kind is Kind.SEND_FORWARD else -1, a.stage + (1 if a.kind is Kind.SEND_FORWARD else -1), a.micro)
+                (
+                    1 if a.kind is Kind.SEND_FORWARD else -1,
+                    a.stage + (1 if a.kind is Kind.SEND_FORWARD else -1),
+                    a.micro,
+                )
                 for a in actions[sender]
                 if a.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
                 and schedule.rank_of(a.stage + (1 if a.kind is Kind.SEND_FORWARD else -1)) == receiver
@@ -134,7 +138,9 @@ def test_the_picture() -> None:
     assert picture.count("<rect") == 12
 
 
-@pytest.mark.parametrize(("name", "ranks", "virtual", "micro"), [("zigzag", 2, 2, 4), ("interleaved", 2, 0, 4), ("1f1b", 4, 2, 3)])
+@pytest.mark.parametrize(
+    ("name", "ranks", "virtual", "micro"), [("zigzag", 2, 2, 4), ("interleaved", 2, 0, 4), ("1f1b", 4, 2, 3)]
+)
 def test_schedules_that_cannot_be(name: str, ranks: int, virtual: int, micro: int) -> None:
     with pytest.raises(UsageError, match="PL520"):
         Schedule.of(name, ranks, virtual).train(micro)

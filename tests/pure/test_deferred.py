@@ -129,7 +129,9 @@ ADDING: dict[str, Callable[[Tensor], Tensor]] = {
     "tokens": lambda o: F.cross_entropy(o.flatten(0, 1), IGNORED.flatten()),
     "classes second": lambda o: F.cross_entropy(o.transpose(1, 2), IGNORED),
     "class weights": lambda o: F.cross_entropy(o.view(-1, CLASSES), IGNORED.view(-1), weight=WEIGHT),
-    "weights by position": lambda o: F.cross_entropy(o.view(-1, CLASSES), IGNORED.view(-1), WEIGHT, label_smoothing=0.1),
+    "weights by position": lambda o: F.cross_entropy(
+        o.view(-1, CLASSES), IGNORED.view(-1), WEIGHT, label_smoothing=0.1
+    ),
     "smoothing": lambda o: F.cross_entropy(o.reshape(ROWS * TIME, CLASSES), Y.flatten(), label_smoothing=0.2),
     "probabilities": lambda o: F.cross_entropy(o.mean(1), REAL.mean(1).softmax(-1)),
     "likelihood": lambda o: nn.NLLLoss()(o.log_softmax(-1).flatten(0, 1), Y.flatten()),

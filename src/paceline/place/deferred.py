@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,15 @@ from paceline.terms.errors import StepError
 SHARED_NBYTES = 1 << 20
 """Outputs up to this size are sent to every rank of the pipeline after each backward."""
 
-_READS = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"})
-_PLAIN = frozenset({"size", "dim", "numel", "stride", "__len__", "is_floating_point", "is_complex", "ndimension", "nelement"})
-_PLAIN_TOO = frozenset({"element_size", "is_contiguous", "get_device", "__hash__", "is_signed", "storage_offset", "type"})
+_READS = frozenset(
+    {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
+)
+_PLAIN = frozenset(
+    {"size", "dim", "numel", "stride", "__len__", "is_floating_point", "is_complex", "ndimension", "nelement"}
+)
+_PLAIN_TOO = frozenset(
+    {"element_size", "is_contiguous", "get_device", "__hash__", "is_signed", "storage_offset", "type"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,11 @@ class Record:
             node = todo.pop()
             if node >= 0 and node not in wanted:
                 wanted.add(node)
-                todo += [a.node for a in tree.tree_leaves((self.nodes[node].args, self.nodes[node].kwargs)) if isinstance(a, Ref)]
+                todo += [
+                    a.node
+                    for a in tree.tree_leaves((self.nodes[node].args, self.nodes[node].kwargs))
+                    if isinstance(a, Ref)
+                ]
         return sorted(wanted)
 
     def evaluate(self, outputs: Sequence[Tensor], refs: Sequence[Ref]) -> dict[Ref, Tensor]:
@@ -163,11 +173,11 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, record: Record, ref: Ref) -> Deferred:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Deferred = Tensor._make_wrapper_subclass(
             cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=record.home, requires_grad=False
         )
         made.meta, made.record, made.ref, made.version = meta, record, ref, meta._version
-        return cast(Deferred, made)
+        return made
 
     def __init__(self, meta: Tensor, record: Record, ref: Ref) -> None:
         pass
@@ -186,7 +196,9 @@ class Deferred(Tensor):
         return repr(self)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise StepError("PL528", f"{func} of what a model returns under a pipeline cannot be recorded")
 
     @classmethod
@@ -224,7 +236,9 @@ def _attribute(func: Any, name: str, first: Deferred, args: Any) -> Any:
         return False
     if what in ("T", "mT", "H", "mH", "real", "imag", "data"):
         step = _getter(what)
-        return _after(step, first, (first,), {}) if first.record.done else _record(step, what, first.record, (first,), {})
+        return (
+            _after(step, first, (first,), {}) if first.record.done else _record(step, what, first.record, (first,), {})
+        )
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args)
 
@@ -268,32 +282,36 @@ def _after(func: Any, first: Deferred, args: Any, kwargs: Any) -> Any:
 def _record(func: Any, name: str, record: Record, args: Any, kwargs: Any) -> Any:
     in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     in_place = in_place or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    if in_place and not isinstance(args[0], Deferred) or kwargs.get("out") is not None:
+    if (in_place and not isinstance(args[0], Deferred)) or kwargs.get("out") is not None:
         raise StepError("PL528", "a deferred tensor is written into one that is not")
     for a in tree.tree_leaves((args, kwargs)):
         if isinstance(a, Tensor):
             _check(a, record)
     result = on_meta(func, args, kwargs, _meta)
-    refs = tree.tree_map_only(Deferred, lambda d: d.ref, (args, kwargs))
+    refs: tuple[Any, Any] = tree.tree_map_only(Deferred, lambda d: d.ref, (args, kwargs))
     if in_place:
         target = args[0]
-        record.nodes.append(Node(func, *refs, [target.meta], in_place=True))
+        record.nodes.append(Node(func, refs[0], refs[1], [target.meta], in_place=True))
         target.ref, target.version = Ref(len(record.nodes) - 1, 0), target.meta._version
         return target
     leaves, spec = tree.tree_flatten(result)
     metas = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return result
-    record.nodes.append(Node(func, *refs, metas))
+    record.nodes.append(Node(func, refs[0], refs[1], metas))
     number = len(record.nodes) - 1
-    made = [Deferred(leaf, record, Ref(number, i)) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
+    made = [
+        Deferred(leaf, record, Ref(number, i)) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)
+    ]
     return tree.tree_unflatten(made, spec)
 
 
 def _check(a: Tensor, record: Record) -> None:
     if isinstance(a, Deferred):
         if a.record is not record:
-            raise StepError("PL529", "a loss is made from two forwards of the model", help="call the model once for each backward.")
+            raise StepError(
+                "PL529", "a loss is made from two forwards of the model", help="call the model once for each backward."
+            )
         if a.version != a.meta._version:
             raise StepError("PL528", "a deferred tensor was changed in place while another one shared its memory")
     elif isinstance(a, Absent):

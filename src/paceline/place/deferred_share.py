@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 from torch.utils import _pytree as tree
 
 from paceline.place.absent import Absent
@@ -26,13 +26,29 @@ from paceline.place.deferred import Node, Record, Ref, call
 from paceline.terms.errors import StepError
 
 _ELEMENTWISE = (
-    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.soft_margin_loss),
-    *(F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss, F.hinge_embedding_loss),
+    *(
+        functional.mse_loss,
+        functional.l1_loss,
+        functional.smooth_l1_loss,
+        functional.huber_loss,
+        functional.binary_cross_entropy,
+        functional.soft_margin_loss,
+    ),
+    *(
+        functional.binary_cross_entropy_with_logits,
+        functional.kl_div,
+        functional.poisson_nll_loss,
+        functional.hinge_embedding_loss,
+    ),
 )
-_BY_CLASS = (F.cross_entropy, F.nll_loss)
+_BY_CLASS = (functional.cross_entropy, functional.nll_loss)
 _NAMES = {function.__name__: function for function in (*_ELEMENTWISE, *_BY_CLASS)}
-_LINEAR = frozenset({"add", "sub", "__add__", "__radd__", "__sub__", "__rsub__", "__iadd__", "__isub__", "add_", "sub_", "rsub"})
-_SCALED = frozenset({"mul", "div", "__mul__", "__rmul__", "__truediv__", "__imul__", "__itruediv__", "mul_", "div_", "true_divide"})
+_LINEAR = frozenset(
+    {"add", "sub", "__add__", "__radd__", "__sub__", "__rsub__", "__iadd__", "__isub__", "add_", "sub_", "rsub"}
+)
+_SCALED = frozenset(
+    {"mul", "div", "__mul__", "__rmul__", "__truediv__", "__imul__", "__itruediv__", "mul_", "div_", "true_divide"}
+)
 _KEPT = frozenset(
     {"neg", "__neg__", "to", "float", "double", "half", "bfloat16", "contiguous", "clone", "view", "reshape", "squeeze"}
     | {"unsqueeze", "sum", "mean", "stack", "cat", "__getitem__", "flatten", "positive", "type_as", "expand"}
@@ -112,7 +128,10 @@ def _carry_out(record: Record, node: Node, known: dict[Ref, _Value], rows: Slice
         result = call(node, _fitting(name, args, node, rows), kwargs)
     except RuntimeError as error:
         raise _no_sum(f"{name} does not work on a part of the rows ({error})") from error
-    return [_classify(name, v, meta, args, record, node, rows) for v, meta in zip(tree.tree_leaves(result), node.metas, strict=True)]
+    return [
+        _classify(name, v, meta, args, record, node, rows)
+        for v, meta in zip(tree.tree_leaves(result), node.metas, strict=True)
+    ]
 
 
 def _for_rows(a: Any, known: dict[Ref, _Value], rows: Slice) -> Any:
@@ -156,7 +175,9 @@ def _of_sums(node: Node, name: str, known: dict[Ref, _Value], rows: Slice) -> li
     """Operations on numbers that are sums."""
     if name in _LINEAR:  # a constant is added once, not once for each part
         args, kwargs = tree.tree_map(
-            lambda a: known[a].value if isinstance(a, Ref) else a * rows.portion if isinstance(a, Tensor | float | int) else a,
+            lambda a: (
+                known[a].value if isinstance(a, Ref) else a * rows.portion if isinstance(a, Tensor | float | int) else a
+            ),
             (node.args, node.kwargs),
         )
         if node.kwargs.get("alpha") is not None:
@@ -222,8 +243,8 @@ def divisor(func: Callable[..., Any], args: Any, kwargs: Any) -> float | Tensor 
         raise _no_sum("its targets depend on the model")
     if target.is_floating_point():  # probabilities
         return float(target.numel() // target.shape[1 if target.dim() > 1 else 0])
-    counted = target != known.get("ignore_index", -100)
-    if weight is None:
+    counted: Tensor = target != known.get("ignore_index", -100)
+    if not isinstance(weight, Tensor):
         return counted.sum()
     return weight[target.clamp(0, len(weight) - 1)].mul(counted).sum()
 

@@ -208,7 +208,9 @@ class Pipeline:
         route = self.sketches.route(args, kwargs)
         leaves, found = tree.tree_leaves(route.output), set(dependent(route.output))
         if any(isinstance(t, Tensor) and i not in found for i, t in enumerate(leaves)):
-            route = self.sketches.route(args, kwargs, anew=True)  # what depends on inputs alone is not the same in each batch
+            route = self.sketches.route(
+                args, kwargs, anew=True
+            )  # what depends on inputs alone is not the same in each batch
         return route
 
     def _trip(self, batch: Batch, whole: Route) -> Trip:
@@ -218,7 +220,9 @@ class Pipeline:
                 by_size[size] = whole if batch.count == 1 else self.sketches.route(*batch.piece(micro))
         self._passes += 1
         key = self.sketches.key(batch.args, batch.kwargs)
-        return Trip(batch, whole, [by_size[size] for size in batch.sizes], key, self._passes, "outputs", autocast=_autocast())
+        return Trip(
+            batch, whole, [by_size[size] for size in batch.sizes], key, self._passes, "outputs", autocast=_autocast()
+        )
 
     def _mode(self, trip: Trip) -> str:
         """Whether something that the model returns is there for a whole batch only."""
@@ -231,7 +235,10 @@ class Pipeline:
         trip.mode = self._mode(trip)
         leaves, spec = tree.tree_flatten(whole.output)
         deferred = dependent(whole.output)
-        metas = [leaves[i].meta if isinstance(leaves[i], Absent) else torch.empty_like(leaves[i], device="meta") for i in deferred]
+        metas = [
+            leaves[i].meta if isinstance(leaves[i], Absent) else torch.empty_like(leaves[i], device="meta")
+            for i in deferred
+        ]
         record = Record(self, self.device, metas)
         record.trip = trip
         for number, i in enumerate(deferred):
@@ -312,15 +319,21 @@ class Pipeline:
         scalars, names = record.scalars(), list(self.parts.params)
         last, held = self.post.rank == self._last_rank, dict(self.held)
         values = [float(trip.values[ref].detach()) for ref in scalars] if last else [0.0] * len(scalars)
-        there = [float(name in held and (held[name].grad is not None or before.get(name) is not None)) for name in names]
+        there = [
+            float(name in held and (held[name].grad is not None or before.get(name) is not None)) for name in names
+        ]
         message = torch.tensor([*values, float(bool(fault)), *there], dtype=torch.float64)
         found = self.post.total(message).tolist()
         self._reached = {name for name, count in zip(names, found[len(scalars) + 1 :], strict=True) if count}
         if found[len(scalars)]:
-            raise StepError("PL531", fault or f"schedule={self.schedule.name}, and the last stage has found no sum over rows")
+            raise StepError(
+                "PL531", fault or f"schedule={self.schedule.name}, and the last stage has found no sum over rows"
+            )
         for ref, value in zip(scalars, found, strict=False):
             meta = record.meta(ref)
-            record.values[ref] = torch.full(tuple(meta.shape), value, dtype=torch.float64, device=self.device).to(meta.dtype)
+            record.values[ref] = torch.full(tuple(meta.shape), value, dtype=torch.float64, device=self.device).to(
+                meta.dtype
+            )
         if sum(t.numel() * t.element_size() for t in record.leaves) <= SHARED_NBYTES:
             outputs = trip.outputs if last else None
             record.outputs = self._shared([t.shape for t in record.leaves], outputs)

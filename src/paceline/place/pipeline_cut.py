@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,13 +88,11 @@ class Timed(Walk):
     def costs(self) -> list[float]:
         """Seconds of each position with the code after it; the first with what comes before it."""
         marks = [*self.marks, time.perf_counter()]
-        spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        spans = [b - a for a, b in pairwise(marks)]
         return [spans[0] + spans[1], *spans[2:]] if len(spans) > 1 else spans
 
 
-def measure(
-    model: nn.Module, forward: Callable[..., Any], gates: Gates, batch: Batch
-) -> tuple[list[float], float]:
+def measure(model: nn.Module, forward: Callable[..., Any], gates: Gates, batch: Batch) -> tuple[list[float], float]:
     """Seconds of each position for a whole batch in evaluation mode, and how much its pieces differ from it.
 
     The difference is relative to the largest output, over the tolerance of its type: up to 1 is rounding.
@@ -102,7 +101,9 @@ def measure(
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            parts = [tree.tree_leaves(forward(*args, **kwargs)) for args, kwargs in map(batch.piece, range(batch.count))]
+            parts = [
+                tree.tree_leaves(forward(*args, **kwargs)) for args, kwargs in map(batch.piece, range(batch.count))
+            ]
             timed = Timed(gates)
             whole = tree.tree_leaves(timed.run(forward, batch.args, batch.kwargs))
             costs = timed.costs()
@@ -195,7 +196,9 @@ def check_length(route: Route, num_stages: int) -> None:
 
 
 def _nbytes(route: Route, position: int) -> float:
-    return float(sum(route.metas[label].numel() * route.metas[label].element_size() for label in route.crossing(position)))
+    return float(
+        sum(route.metas[label].numel() * route.metas[label].element_size() for label in route.crossing(position))
+    )
 
 
 def take_away(model: nn.Module, parts: Parts, mine: Sequence[int], total: Total) -> list[nn.Parameter]:
@@ -206,4 +209,3 @@ def take_away(model: nn.Module, parts: Parts, mine: Sequence[int], total: Total)
             vanish(p, name, total)
             gone.append(p)
     return gone
-

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-
 from paceline.place.pipeline_schedule import Action, Kind, Schedule
 from paceline.place.torch_private import input_half, weight_half
 from paceline.terms.errors import PeerLost
@@ -200,13 +199,13 @@ class Passage:
             else:
                 anchor = torch.zeros((), requires_grad=True)
                 self.anchors.append(anchor)
-                found.append(_Arrive.apply(anchor, arrival))
+                found.append(_Arrive.apply(anchor, arrival))  # type: ignore[no-untyped-call]
         return found
 
     def tie(self) -> None:
         """Make the root of what leaves."""
         needing = [t for t in self.leaving if t.requires_grad]
-        self.root = _Root.apply(self, *needing) if needing else None
+        self.root = _Root.apply(self, *needing) if needing else None  # type: ignore[no-untyped-call]
 
 
 class Work(Protocol):
@@ -276,7 +275,10 @@ class Runner:
         if stage:
             local = self._local.pop((Kind.FORWARD, stage, micro), None)
             if local is not None:
-                values, needs = [t.detach() for t in local if t is not None], [bool(t is not None and t.requires_grad) for t in local]
+                values, needs = (
+                    [t.detach() for t in local if t is not None],
+                    [bool(t is not None and t.requires_grad) for t in local],
+                )
             else:
                 forms, under_way = self._incoming.pop((Kind.FORWARD, stage, micro))
                 values, needs = [self.post.wait(w) for w in under_way], [f.needs_grad for f in forms]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from itertools import count
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _Com
 from paceline.terms.errors import UsageError
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What an action does; the values are torch's."""
 
     FORWARD = "F"
@@ -135,7 +135,9 @@ class Schedule:
         try:
             order = self._torch_order(micro)
         except (ValueError, AssertionError) as error:
-            raise UsageError("PL520", f"schedule {self.name} with {micro} micro-batches on {self.ranks} ranks: {error}") from None
+            raise UsageError(
+                "PL520", f"schedule {self.name} with {micro} micro-batches on {self.ranks} ranks: {error}"
+            ) from None
         return self._with_messages(order)
 
     def fill_and_drain(self, micro: int) -> Actions:
@@ -152,7 +154,10 @@ class Schedule:
         stages = self.stages_of(rank)
         orders = (stages, stages[::-1])
         return [
-            _Action(stage, kind, m) for kind, order in zip(kinds, orders, strict=False) for stage in order for m in range(micro)
+            _Action(stage, kind, m)
+            for kind, order in zip(kinds, orders, strict=False)
+            for stage in order
+            for m in range(micro)
         ]
 
     def _torch_order(self, micro: int) -> dict[int, list[_Action]]:
@@ -217,7 +222,9 @@ def timetable(actions: Actions, num_stages: int) -> dict[int, list[Action | None
                 start, length = max(at[rank], ready), 2 if a.kind is Kind.BACKWARD else 1
                 rows[rank] += [None] * (start - len(rows[rank])) + [a] * length
                 at[rank] = start + length
-                done["F" if a.kind is Kind.FORWARD else "W" if a.kind is Kind.BACKWARD_WEIGHT else "B", a.stage, a.micro] = at[rank]
+                done[
+                    "F" if a.kind is Kind.FORWARD else "W" if a.kind is Kind.BACKWARD_WEIGHT else "B", a.stage, a.micro
+                ] = at[rank]
         assert sum(map(len, todo.values())) < before, "a schedule that cannot go on"
     end = max(map(len, rows.values()))
     return {rank: row + [None] * (end - len(row)) for rank, row in rows.items()}

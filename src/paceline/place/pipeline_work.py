@@ -235,7 +235,10 @@ class StageWork:
         trip.values = {ref: t.detach() for ref, t in trip.values.items()}
         trip.outputs = [t.detach() for t in outputs]
         parts = [trip.leavings[m] for m in range(trip.batch.count)]
-        columns = [split(t.grad, [p[i] for p in parts], dim) for i, (t, dim) in enumerate(zip(joined, self._dims(), strict=True))]
+        columns = [
+            split(t.grad, [p[i] for p in parts], dim)
+            for i, (t, dim) in enumerate(zip(joined, self._dims(), strict=True))
+        ]
         return [[column[m] for column in columns] for m in range(trip.batch.count)]
 
     def part(self, micro: int, outputs: Sequence[Tensor]) -> Tensor:

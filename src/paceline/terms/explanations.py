@@ -437,7 +437,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "the model cannot be cut into that many stages",
         "A pipeline cuts a model between blocks: the children of its nn.Sequential, nn.ModuleList or nn.ModuleDict, in the order in "
         "which the forward calls them. There are fewer of them than stages, or the cuts that were named are not among them.",
-        "name cuts that the forward passes through (`cuts=(\"blocks.2\",)`), use fewer ranks, or fsdp(n), which cuts any model.",
+        'name cuts that the forward passes through (`cuts=("blocks.2",)`), use fewer ranks, or fsdp(n), which cuts any model.',
     ),
     "PL522": Explanation(
         "the forward needs the value of something that another stage holds",

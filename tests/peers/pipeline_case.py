@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -226,6 +227,7 @@ def masked_tokens(name: str, model: nn.Module, given: dict[str, Tensor]) -> tupl
 
 
 def contrastive(name: str, model: nn.Module, given: dict[str, Tensor]) -> tuple[Any, Any]:
+    """Each row is told from all others."""
     z = F.normalize(model(given["x"]), dim=-1)
     return F.cross_entropy(z @ z.T / 0.5, torch.arange(len(z))), z.sum()
 
@@ -256,7 +258,7 @@ def train(
             number += 1
             value, other = LOSSES[loss](name, model, given)
             (value / accumulate).backward()
-            seen.append([value.item(), float(other)])
+            seen.append([value.item(), other.item()])
         if clip:
             seen[-1].append(float(nn.utils.clip_grad_norm_(model.parameters(), clip)))
         opt.step()
@@ -264,35 +266,56 @@ def train(
     return seen
 
 
-def optimizer(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
     if kind == "sgd":
         return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     return torch.optim.AdamW(model.parameters(), 3e-3, eps=1e-4)
 
 
+def leave(*pipelines: Pipeline) -> None:
+    """Nothing of the group is left when the interpreter ends."""
+    for pipeline in pipelines:
+        pipeline.close()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def parities(peer: Peer, store: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several cases on the same processes."""
+    group = join(peer, store)
+    found = [parity(group, **case) for case in cases]
+    leave()
+    return found
+
+
 def parity(
-    peer: Peer,
-    store: str,
+    group: dist.ProcessGroup,
     name: str,
     schedule: str,
     steps: int = 6,
     microbatches: int = 4,
     cuts: list[str] | None = None,
+    adamw: bool = False,
     **loop: Any,
 ) -> dict[str, Any]:
     """Train by a pipeline and in one process: the largest differences of parameters, of what was read, of evaluation."""
     loop = {"rows": [ROWS], **loop}
-    group = join(peer, store)
+    kind = "adamw" if adamw else "sgd"
     reference = build(name)
-    expected = train(name, reference, optimizer(reference), steps, **loop)
+    expected = train(name, reference, optimizer(reference, kind), steps, **loop)
     model = build(name)
-    opt = optimizer(model)
+    opt = optimizer(model, kind)
     pipeline = Pipeline(group, torch.device("cpu"), schedule=schedule, microbatches=microbatches, cuts=cuts)
     pipeline.place(model, [opt])
+    modes: list[str] = []
+    pipeline.watch = lambda trip: modes.append(trip.mode)
     found = train(name, model, opt, steps, **loop)
     theirs = dict(reference.named_parameters())
     read = [abs(a - b) for mine, other in zip(found, expected, strict=True) for a, b in zip(mine, other, strict=True)]
+    begin = dict(build(name).named_parameters())
     result = {
+        "moved": max(float((theirs[n] - begin[n]).detach().abs().max()) for n in theirs),
+        "modes": modes,
         "params": max((float((p - theirs[n]).detach().abs().max()) for n, p in pipeline.held), default=0.0),
         "read": max(read),
         "held": [n for n, _ in pipeline.held],
@@ -310,5 +333,9 @@ def parity(
     result["names"] = sorted(whole) == sorted(
         {n for n, _ in [*reference.named_parameters(), *reference.named_buffers()]}
     )
+<<<<<<< HEAD
     dist.destroy_process_group()
+=======
+    pipeline.close()
+>>>>>>> acb8c19eacdb7283b2c26d4b240ab641a364add3
     return result

@@ -12,13 +12,14 @@ the pipeline when it is read. So ``clip_grad_norm_`` sees the norm of all gradie
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as tree
 
+from paceline.place.torch_private import become
 from paceline.terms.errors import StepError
 
 META = torch.device("meta")
@@ -56,11 +57,11 @@ class Absent(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, home: torch.device, origin: str, total: Total | None = None) -> Absent:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Absent = Tensor._make_wrapper_subclass(
             cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=home, requires_grad=meta.requires_grad
         )
         made.meta, made.origin, made.bound, made.total = meta, origin, None, total
-        return cast(Absent, made)
+        return made
 
     def __init__(self, meta: Tensor, home: torch.device, origin: str, total: Total | None = None) -> None:
         pass
@@ -90,7 +91,9 @@ class Absent(Tensor):
         return _on_absent(func, absent, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if str(func) == "aten.detach.default":
             return Absent(args[0].meta.detach(), args[0].device, args[0].origin, args[0].total)
         if str(func) == "aten.alias.default" or str(func) == "aten.view_as.default":
@@ -110,7 +113,7 @@ def vanish(p: nn.Parameter, origin: str, total: Total) -> None:
     """Take the values of a parameter away, whoever refers to it. Raises StepError PL527 where a graph still holds it."""
     p.grad = None
     try:
-        torch.utils.swap_tensors(p, stand_in(p, origin, total))
+        become(p, stand_in(p, origin, total))
     except RuntimeError as error:
         raise StepError("PL527", f"parameter {origin!r} cannot be moved to another stage now: {error}") from error
 
@@ -285,7 +288,8 @@ def norms(func: Any, args: Any, kwargs: Any, total: Total) -> Any:
 
 
 def _one_norm(t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.linalg.vector_norm(t, *args, **kwargs)
+    norm: Tensor = torch.linalg.vector_norm(t, *args, **kwargs)
+    return norm
 
 
 class Share(Tensor):

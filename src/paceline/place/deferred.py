@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -173,11 +173,11 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, record: Record, ref: Ref) -> Deferred:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Deferred = Tensor._make_wrapper_subclass(
             cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=record.home, requires_grad=False
         )
         made.meta, made.record, made.ref, made.version = meta, record, ref, meta._version
-        return cast(Deferred, made)
+        return made
 
     def __init__(self, meta: Tensor, record: Record, ref: Ref) -> None:
         pass
@@ -196,7 +196,9 @@ class Deferred(Tensor):
         return repr(self)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise StepError("PL528", f"{func} of what a model returns under a pipeline cannot be recorded")
 
     @classmethod
@@ -233,6 +235,7 @@ def _attribute(func: Any, name: str, first: Deferred, args: Any) -> Any:
     if what == "is_leaf":
         return False
     if what in ("T", "mT", "H", "mH", "real", "imag", "data"):
+<<<<<<< HEAD
         steps = {
             "data": torch.Tensor.detach,
             "T": lambda t: t.T,
@@ -241,11 +244,23 @@ def _attribute(func: Any, name: str, first: Deferred, args: Any) -> Any:
             "mH": lambda t: t.mH,
         }
         step = steps.get(what) or (lambda t: getattr(t, what))
+=======
+        step = _getter(what)
+>>>>>>> acb8c19eacdb7283b2c26d4b240ab641a364add3
         return (
             _after(step, first, (first,), {}) if first.record.done else _record(step, what, first.record, (first,), {})
         )
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args)
+
+
+def _getter(what: str) -> Callable[[Tensor], Tensor]:
+    def get(t: Tensor) -> Tensor:
+        found: Tensor = t.detach() if what == "data" else getattr(t, what)
+        return found
+
+    get.__name__ = what
+    return get
 
 
 def _backward(loss: Deferred, args: Any, kwargs: Any) -> None:
@@ -278,23 +293,23 @@ def _after(func: Any, first: Deferred, args: Any, kwargs: Any) -> Any:
 def _record(func: Any, name: str, record: Record, args: Any, kwargs: Any) -> Any:
     in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     in_place = in_place or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    if in_place and not isinstance(args[0], Deferred) or kwargs.get("out") is not None:
+    if (in_place and not isinstance(args[0], Deferred)) or kwargs.get("out") is not None:
         raise StepError("PL528", "a deferred tensor is written into one that is not")
     for a in tree.tree_leaves((args, kwargs)):
         if isinstance(a, Tensor):
             _check(a, record)
     result = on_meta(func, args, kwargs, _meta)
-    refs = tree.tree_map_only(Deferred, lambda d: d.ref, (args, kwargs))
+    refs: tuple[Any, Any] = tree.tree_map_only(Deferred, lambda d: d.ref, (args, kwargs))
     if in_place:
         target = args[0]
-        record.nodes.append(Node(func, *refs, [target.meta], in_place=True))
+        record.nodes.append(Node(func, refs[0], refs[1], [target.meta], in_place=True))
         target.ref, target.version = Ref(len(record.nodes) - 1, 0), target.meta._version
         return target
     leaves, spec = tree.tree_flatten(result)
     metas = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return result
-    record.nodes.append(Node(func, *refs, metas))
+    record.nodes.append(Node(func, refs[0], refs[1], metas))
     number = len(record.nodes) - 1
     made = [
         Deferred(leaf, record, Ref(number, i)) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 from torch.utils import _pytree as tree
 
 from paceline.place.absent import Absent
@@ -26,10 +26,22 @@ from paceline.place.deferred import Node, Record, Ref, call
 from paceline.terms.errors import StepError
 
 _ELEMENTWISE = (
-    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.soft_margin_loss),
-    *(F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss, F.hinge_embedding_loss),
+    *(
+        functional.mse_loss,
+        functional.l1_loss,
+        functional.smooth_l1_loss,
+        functional.huber_loss,
+        functional.binary_cross_entropy,
+        functional.soft_margin_loss,
+    ),
+    *(
+        functional.binary_cross_entropy_with_logits,
+        functional.kl_div,
+        functional.poisson_nll_loss,
+        functional.hinge_embedding_loss,
+    ),
 )
-_BY_CLASS = (F.cross_entropy, F.nll_loss)
+_BY_CLASS = (functional.cross_entropy, functional.nll_loss)
 _NAMES = {function.__name__: function for function in (*_ELEMENTWISE, *_BY_CLASS)}
 _LINEAR = frozenset(
     {"add", "sub", "__add__", "__radd__", "__sub__", "__rsub__", "__iadd__", "__isub__", "add_", "sub_", "rsub"}
@@ -231,8 +243,8 @@ def divisor(func: Callable[..., Any], args: Any, kwargs: Any) -> float | Tensor 
         raise _no_sum("its targets depend on the model")
     if target.is_floating_point():  # probabilities
         return float(target.numel() // target.shape[1 if target.dim() > 1 else 0])
-    counted = target != known.get("ignore_index", -100)
-    if weight is None:
+    counted: Tensor = target != known.get("ignore_index", -100)
+    if not isinstance(weight, Tensor):
         return counted.sum()
     return weight[target.clamp(0, len(weight) - 1)].mul(counted).sum()
 

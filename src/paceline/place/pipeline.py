@@ -98,7 +98,8 @@ class Pipeline:
         self._setting: Setting | None = None
         self._passes = 0
         self._sums_known: set[Hashable] = set()
-        self._pending: dict[int, tuple[Batch, Hashable, Any]] = {}
+        self._reached: set[str] = set()  # parameters that have a gradient, on whatever rank
+        self.watch: Callable[[Trip], None] = lambda _: None  # told of every pass, when it has ended
 
     # ---- before the cut -----------------------------------------------------------------------------------------------
     def place(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -130,6 +131,11 @@ class Pipeline:
         found = {name: p for stage in self.stages for name, p in self.setting.held[stage]}
         return list(found.items())
 
+    @property
+    def cut_names(self) -> list[str]:
+        """Names of the blocks with which the second and later stages begin: as ``cuts`` they give the same cut again."""
+        return [self.parts.positions[stage.first] for stage in self.parts.stages[1:]]
+
     def cut(self, args: Any, kwargs: Any) -> None:
         """Cut the model, along the way of this forward. All ranks call it with the same batch.
 
@@ -148,6 +154,7 @@ class Pipeline:
         batch = Batch.of(args, kwargs, self.microbatches, fewer=True)
         route = self.sketches.route(args, kwargs)
         pipeline_cut.check_length(route, self.schedule.num_stages)
+        _row_dims(route, self.sketches.route(*batch.piece(0)))
         costs = self._measured(gates, batch, len(route.positions))
         parts = pipeline_cut.share_out(self.model, route, self.schedule.num_stages, costs, self.cuts)
         named = dict(self.model.named_parameters())
@@ -155,7 +162,7 @@ class Pipeline:
         for optimizer in self._optimizers:
             rewire(optimizer, dict.fromkeys(gone))
             optimizer.register_step_pre_hook(lambda *_: self.unmark())
-            optimizer.register_step_post_hook(lambda *_: self.mark())
+            optimizer.register_step_post_hook(lambda *_: self._mark_held())
         held = {stage: [(n, named[n]) for n, by in parts.params.items() if stage in by] for stage in self.stages}
         self._setting = Setting(
             self.model,
@@ -219,9 +226,7 @@ class Pipeline:
 
     def _mode(self, trip: Trip) -> str:
         """Whether something that the model returns is there for a whole batch only."""
-        whole, part = (tree.tree_leaves(r.output) for r in (trip.whole, trip.routes[0]))
-        dims = [row_dim(whole[i].shape, part[i].shape, "an output") for i in dependent(trip.whole.output)]
-        return "ending" if None in dims and trip.batch.count > 1 else "outputs"
+        return "ending" if trip.batch.count > 1 and None in _row_dims(trip.whole, trip.routes[0]) else "outputs"
 
     def _defer(self, args: Any, kwargs: Any) -> Any:
         batch = Batch.of(args, kwargs, self.microbatches, fewer=False)
@@ -277,6 +282,7 @@ class Pipeline:
             self.runner.run(actions[self.post.rank], gradients=gradients)
         if self._last_rank == self.post.rank:
             work.finish()
+        self.watch(trip)
         return work
 
     # ---- backward -----------------------------------------------------------------------------------------------------
@@ -290,7 +296,7 @@ class Pipeline:
         record.trip = None
         record.done = True
         trip.record, trip.loss = record, loss
-        kind = (loss, tuple(getattr(node.func, "__name__", "") for node in record.nodes), trip.key)
+        kind = (loss, tuple(getattr(node.func, "__name__", "") for node in record.nodes))
         in_parts = not self.schedule.form.whole_loss and trip.batch.count > 1
         check = in_parts and kind not in self._sums_known
         self._on_begin()
@@ -302,17 +308,18 @@ class Pipeline:
             actions = self.schedule.fill_and_drain(trip.batch.count) if check else self._train_actions
             work = self._run(trip, actions, gradients=True)
             fault = work.compare() if check and self._last_rank == self.post.rank else ""
-        self._tell(record, trip, fault)
+        self._tell(record, trip, fault, tied)
         self._sums_known.add(kind)
         self._add_tied(tied)
         self._on_end()
         self.mark()
 
-    def _tell(self, record: Record, trip: Trip, fault: str) -> None:
-        """Numbers that were recorded, and small outputs, from the last stage to all."""
-        scalars = record.scalars()
-        last = self.post.rank == self._last_rank
+    def _tell(self, record: Record, trip: Trip, fault: str, before: dict[str, Tensor | None]) -> None:
+        """From the last stage to all: numbers that were recorded, and small outputs. From each: who has a gradient."""
+        scalars, names = record.scalars(), list(self.parts.params)
+        last, held = self.post.rank == self._last_rank, dict(self.held)
         values = [float(trip.values[ref].detach()) for ref in scalars] if last else [0.0] * len(scalars)
+<<<<<<< HEAD
         found = self.post.share(
             torch.tensor([*values, float(bool(fault))], dtype=torch.float64), self._last_rank
         ).tolist()
@@ -320,6 +327,17 @@ class Pipeline:
             raise StepError(
                 "PL531",
                 f"schedule={self.schedule.name} needs a loss that is a sum over rows: {fault or 'see the last stage'}",
+=======
+        there = [
+            float(name in held and (held[name].grad is not None or before.get(name) is not None)) for name in names
+        ]
+        message = torch.tensor([*values, float(bool(fault)), *there], dtype=torch.float64)
+        found = self.post.total(message).tolist()
+        self._reached = {name for name, count in zip(names, found[len(scalars) + 1 :], strict=True) if count}
+        if found[len(scalars)]:
+            raise StepError(
+                "PL531", fault or f"schedule={self.schedule.name}, and the last stage has found no sum over rows"
+>>>>>>> acb8c19eacdb7283b2c26d4b240ab641a364add3
             )
         for ref, value in zip(scalars, found, strict=False):
             meta = record.meta(ref)
@@ -353,7 +371,7 @@ class Pipeline:
     def _add_tied(self, before: dict[str, Tensor | None]) -> None:
         """Add up the gradients of tied parameters, in the order of the ranks."""
         for name, p, ranks in self._tied():
-            if p is None or not p.requires_grad:
+            if p is None or name not in self._reached:
                 continue
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             form = Form(tuple(grad.shape), grad.dtype, False)
@@ -372,20 +390,33 @@ class Pipeline:
     # ---- gradients that others hold -----------------------------------------------------------------------------------
     def mark(self) -> None:
         """Gradients that are held know that there are others; parameters that are not held get a stand-in for theirs."""
-        mine = {name for name, _ in self.held}
-        first = {name: self.schedule.rank_of(min(stages)) for name, stages in self.parts.params.items()}
+        self._mark_held()
         for name, p in self.model.named_parameters():
-            if name in mine:
-                if p.grad is not None:
-                    p.grad = hold(plain(p.grad), self.post.total, counts=first[name] == self.post.rank)
-            elif isinstance(p, Absent) and p.requires_grad and p.grad is None:
+            if isinstance(p, Absent) and name not in self._reached:
+                p.grad = None
+            elif isinstance(p, Absent) and p.grad is None:
                 p.grad = Absent(p.meta.detach(), self.device, f"the gradient of {name!r}", self.post.total)
+
+    def _mark_held(self) -> None:
+        for name, p in self.held:
+            if p.grad is not None:
+                first = min(self.schedule.rank_of(stage) for stage in self.parts.params[name])
+                p.grad = hold(plain(p.grad), self.post.total, counts=first == self.post.rank)
 
     def unmark(self) -> None:
         """Gradients as ordinary tensors, of the same memory; before anything but the script works on them."""
         for _, p in self.held:
             if p.grad is not None:
                 p.grad = plain(p.grad)
+
+    def close(self) -> None:
+        """Let go of the group. The model keeps what this rank holds, and has its own forward again."""
+        self.unmark()
+        self.model.__dict__.pop("forward", None)
+        if getattr(self.model.forward, "__func__", None) is not getattr(self.forward, "__func__", None):
+            self.model.forward = self.forward
+        del self.post, self.group, self.state
+        self.__dict__.pop("runner", None)
 
     @contextlib.contextmanager
     def _left_alone(self) -> Iterator[None]:
@@ -429,6 +460,12 @@ class Pipeline:
     def svg(self) -> str:
         """The schedule as an SVG document."""
         return svg(timetable(self._train_actions, self.schedule.num_stages))
+
+
+def _row_dims(whole: Route, part: Route) -> list[int | None]:
+    """In which dimension outputs have rows. Raises StepError PL533."""
+    ours, theirs = tree.tree_leaves(whole.output), tree.tree_leaves(part.output)
+    return [row_dim(ours[i].shape, theirs[i].shape, "an output") for i in dependent(whole.output)]
 
 
 def _autocast() -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Timed(Walk):
     def costs(self) -> list[float]:
         """Seconds of each position with the code after it; the first with what comes before it."""
         marks = [*self.marks, time.perf_counter()]
-        spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        spans = [b - a for a, b in pairwise(marks)]
         return [spans[0] + spans[1], *spans[2:]] if len(spans) > 1 else spans
 
 

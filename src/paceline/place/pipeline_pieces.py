@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Batch:
         ends = [0]
         for i in range(count):
             ends.append(ends[-1] + base + (i < more))
-        return cls(args, kwargs, rows, tuple(zip(ends[:-1], ends[1:], strict=True)))
+        return cls(args, kwargs, rows, tuple(pairwise(ends)))
 
     @property
     def count(self) -> int:

@@ -8,6 +8,7 @@ A backward is torch's too: the whole of it by autograd, or its two halves by ``t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from paceline.place.pipeline_schedule import Action, Kind, Schedule
 from paceline.place.torch_private import input_half, weight_half
+from paceline.terms.errors import PeerLost
 
 _DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16),
@@ -70,18 +72,21 @@ class Post:
         """Send a copy or the tensor itself; it must not change before :meth:`settle`."""
         t = t.detach().to(self.wire).contiguous()
         if t.numel():
-            self._sent.append((self.group.send([t], rank, 0), t))
+            with _lost():
+                self._sent.append((self.group.send([t], rank, 0), t))
 
     def receive(self, form: Form, rank: int) -> tuple[Any, Tensor]:
         """A receive under way, and its buffer."""
         buffer = torch.empty(form.shape, dtype=form.dtype, device=self.wire)
-        return (self.group.recv([buffer], rank, 0) if buffer.numel() else None), buffer
+        with _lost():
+            return (self.group.recv([buffer], rank, 0) if buffer.numel() else None), buffer
 
     def wait(self, under_way: tuple[Any, Tensor]) -> Tensor:
         """What was received."""
         work, buffer = under_way
         if work is not None:
-            work.wait()
+            with _lost():
+                work.wait()
         return buffer.to(self.device)
 
     def announce(self, forms: Sequence[Form], rank: int) -> None:
@@ -95,22 +100,35 @@ class Post:
 
     def settle(self) -> None:
         """Wait until everything has left."""
-        for work, _ in self._sent:
-            work.wait()
+        with _lost():
+            for work, _ in self._sent:
+                work.wait()
         self._sent.clear()
 
     def total(self, mine: Tensor) -> Tensor:
         """The sum over the ranks of the pipeline."""
         whole = mine.detach().to(self.wire, copy=True)
-        self.group.allreduce([whole]).wait()
+        with _lost():
+            self.group.allreduce([whole]).wait()
         return whole.to(mine.device)
 
     def share(self, t: Tensor, rank: int) -> Tensor:
         """What `rank` has in a tensor of this shape and type, on all ranks."""
         copy = t.detach().to(self.wire, copy=True).contiguous()
         if copy.numel():
-            self.group.broadcast(copy, rank).wait()
+            with _lost():
+                self.group.broadcast(copy, rank).wait()
         return copy.to(self.device)
+
+
+@contextlib.contextmanager
+def _lost() -> Iterator[None]:
+    """What torch says when a peer has gone, as :class:`PeerLost` (PL534)."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].partition("] ")[2] or str(error)
+        raise PeerLost("PL534", f"a rank of the pipeline no longer answers: {reason}") from error
 
 
 # ---- tensors that come and go ---------------------------------------------------------------------------------------
@@ -181,13 +199,13 @@ class Passage:
             else:
                 anchor = torch.zeros((), requires_grad=True)
                 self.anchors.append(anchor)
-                found.append(_Arrive.apply(anchor, arrival))
+                found.append(_Arrive.apply(anchor, arrival))  # type: ignore[no-untyped-call]
         return found
 
     def tie(self) -> None:
         """Make the root of what leaves."""
         needing = [t for t in self.leaving if t.requires_grad]
-        self.root = _Root.apply(self, *needing) if needing else None
+        self.root = _Root.apply(self, *needing) if needing else None  # type: ignore[no-untyped-call]
 
 
 class Work(Protocol):

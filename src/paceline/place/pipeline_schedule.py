@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from itertools import count
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _Com
 from paceline.terms.errors import UsageError
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What an action does; the values are torch's."""
 
     FORWARD = "F"

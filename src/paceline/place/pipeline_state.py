@@ -106,7 +106,7 @@ class State:
 
 def full(t: Any) -> Any:
     """A tensor that is split over other ranks, whole."""
-    return t.detach().full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor().detach() if isinstance(t, DTensor) else t
 
 
 def _described(v: Any) -> dict[str, Any]:

@@ -121,12 +121,12 @@ class Walk(TorchFunctionMode):
 
     def __enter__(self) -> Walk:
         self.gates.walk = self
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.gates.walk = None
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Walk through ``forward(*args, **kwargs)``."""
@@ -289,10 +289,8 @@ class StageWalk(Walk):
         self._check(module)
         if self.position == self._last and not self._through:
             raise Reached
-        if self.position < self._first:
-            result = self._skip(args, kwargs)
-        else:
-            result = self._compute(call, args, kwargs)
+        skipped = self.position < self._first
+        result = self._skip(args, kwargs) if skipped else self._compute(call, args, kwargs)
         self.passed()
         if self.position == self._last == len(self._route.positions):
             if not self._bound:

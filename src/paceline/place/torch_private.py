@@ -28,6 +28,20 @@ def step_without_hooks(optimizer: Optimizer) -> None:
     type(optimizer).step.__wrapped__(optimizer)  # type: ignore[attr-defined]
 
 
+def become(p: Tensor, other: Tensor) -> None:
+    """Let the object `p` be what `other` is, for everybody who refers to it; `other` is what `p` was.
+
+    As ``torch.utils.swap_tensors``, but weak references may exist, as ``nn.LSTM`` keeps them. Raises RuntimeError where a graph
+    has saved the tensor itself.
+    """
+    count: int = p._use_count()  # type: ignore[attr-defined]
+    if count > 2:  # the object, and perhaps the node that accumulates its gradient
+        raise RuntimeError(f"{count - 1} places of a graph refer to it")
+    p.__class__, other.__class__ = other.__class__, p.__class__
+    p.__dict__, other.__dict__ = other.__dict__, p.__dict__
+    torch._C._swap_tensor_impl(p, other)
+
+
 def input_half(root: Tensor, inputs: list[Tensor], weights: list[nn.Parameter]) -> Any:
     """The half of a backward that gives the gradients of `inputs`; what the other half needs is returned.
 

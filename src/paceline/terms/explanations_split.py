@@ -197,4 +197,9 @@ SPLIT: dict[str, Explanation] = {
         "Under a pipeline each output must have one dimension that grows with the batch, or be a number computed after the last block.",
         "return the batch in one dimension of each output.",
     ),
+    "PL534": Explanation(
+        "a rank of the pipeline was lost",
+        "A stage waited for another one, whose process has ended or been cut off. Its own message says why, and is the one to read.",
+        "look at the rank that failed first; a run with several replicas goes on without this one.",
+    ),
 }

@@ -333,9 +333,5 @@ def parity(
     result["names"] = sorted(whole) == sorted(
         {n for n, _ in [*reference.named_parameters(), *reference.named_buffers()]}
     )
-<<<<<<< HEAD
-    dist.destroy_process_group()
-=======
     pipeline.close()
->>>>>>> acb8c19eacdb7283b2c26d4b240ab641a364add3
     return result

@@ -235,18 +235,7 @@ def _attribute(func: Any, name: str, first: Deferred, args: Any) -> Any:
     if what == "is_leaf":
         return False
     if what in ("T", "mT", "H", "mH", "real", "imag", "data"):
-<<<<<<< HEAD
-        steps = {
-            "data": torch.Tensor.detach,
-            "T": lambda t: t.T,
-            "mT": lambda t: t.mT,
-            "H": lambda t: t.H,
-            "mH": lambda t: t.mH,
-        }
-        step = steps.get(what) or (lambda t: getattr(t, what))
-=======
         step = _getter(what)
->>>>>>> acb8c19eacdb7283b2c26d4b240ab641a364add3
         return (
             _after(step, first, (first,), {}) if first.record.done else _record(step, what, first.record, (first,), {})
         )

@@ -319,15 +319,6 @@ class Pipeline:
         scalars, names = record.scalars(), list(self.parts.params)
         last, held = self.post.rank == self._last_rank, dict(self.held)
         values = [float(trip.values[ref].detach()) for ref in scalars] if last else [0.0] * len(scalars)
-<<<<<<< HEAD
-        found = self.post.share(
-            torch.tensor([*values, float(bool(fault))], dtype=torch.float64), self._last_rank
-        ).tolist()
-        if found[-1]:
-            raise StepError(
-                "PL531",
-                f"schedule={self.schedule.name} needs a loss that is a sum over rows: {fault or 'see the last stage'}",
-=======
         there = [
             float(name in held and (held[name].grad is not None or before.get(name) is not None)) for name in names
         ]
@@ -337,7 +328,6 @@ class Pipeline:
         if found[len(scalars)]:
             raise StepError(
                 "PL531", fault or f"schedule={self.schedule.name}, and the last stage has found no sum over rows"
->>>>>>> acb8c19eacdb7283b2c26d4b240ab641a364add3
             )
         for ref, value in zip(scalars, found, strict=False):
             meta = record.meta(ref)

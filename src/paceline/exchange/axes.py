@@ -26,6 +26,7 @@ MOST_MICROBATCHES = 4096
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "loopedbfs", "zero_bubble", "interleaved_zero_bubble")
 RECOMPUTE = ("none", "auto", "blocks")
 PRECISIONS = ("bf16", "fp16")
+BUILDS = ("whole", "parts")
 HOW = ("column", "row", "vocab", "replicate")
 
 
@@ -209,6 +210,7 @@ def fsdp(
     stage: int = 3,
     recompute: str = "none",
     precision: str | None = None,
+    build: str = "whole",
 ) -> Axis:
     """Sharded data parallelism (ZeRO, FSDP): parameters, gradients, optimizer state in pieces.
 
@@ -224,6 +226,9 @@ def fsdp(
         recompute: ``blocks``: activations of each block are computed again in backward; ``auto``: the same where the model has
             blocks.
         precision: ``bf16`` or ``fp16``: compute and reduce in it, keep the pieces as they are. Changes the numbers.
+        build: ``parts``: while the script builds its model, each rank keeps its own rows of large parameters only. The start values are
+            those of the plain program, bit for bit; what they are cannot be read before ``job.adopt``. For models that are larger than
+            one process's memory.
 
     Raises:
         UsageError: PL203, an argument has a value that it cannot have.
@@ -232,10 +237,12 @@ def fsdp(
     one_of("fsdp", "recompute", recompute, RECOMPUTE)
     if precision is not None:
         one_of("fsdp", "precision", precision, PRECISIONS)
-    text = spell(fsdp, ranks=_ranks("fsdp", ranks), stage=stage, recompute=recompute, precision=precision)
+    one_of("fsdp", "build", build, BUILDS)
+    text = spell(fsdp, ranks=_ranks("fsdp", ranks), stage=stage, recompute=recompute, precision=precision, build=build)
     kept = {3: "for its block", 2: "for one forward and backward", 1: "until the optimizer steps"}[stage]
     about = f"parameters, gradients and optimizer state in pieces; a parameter is gathered {kept}"
-    return Axis("fsdp", ranks, {"stage": stage, "recompute": recompute, "precision": precision}, text, about)
+    given = {"stage": stage, "recompute": recompute, "precision": precision, "build": build}
+    return Axis("fsdp", ranks, given, text, about)
 
 
 def tensor(ranks: int | None = None, *, plan: str | None = None, loss_parallel: bool = False) -> Axis:

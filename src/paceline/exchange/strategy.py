@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from paceline.exchange.arguments import invoke
-from paceline.exchange.axes import AXES, Axis, refuse_odd
+from paceline.exchange.axes import AXES, Axis, mesh, refuse_odd
 from paceline.exchange.cadence import CADENCES
 from paceline.exchange.chain import Exchange
 from paceline.exchange.codec import CODECS
@@ -63,6 +63,20 @@ def build(strategy: str | Strategy | Exchange) -> Exchange:
     factors = read.factors if isinstance(read, Product) else (read,)
     made = [invoke(_ALL, _settled(call), code="PL201", noun="strategy") for call in factors]
     return made[0] if len(made) == 1 and isinstance(made[0], Exchange) else _product(made, str(read))
+
+
+def build_whole(strategy: str | Strategy | Exchange, size: int) -> Exchange:
+    """:func:`build`, for processes that were started to hold whole models.
+
+    Raises:
+        UsageError: PL213, it splits models over ranks; PL211, it asks for another number of them.
+    """
+    exchange = build(strategy)
+    if exchange.axes and size > 1:
+        raise UsageError("PL213", f"{exchange.text} splits the model, and {size} processes were started for whole ones")
+    if exchange.ranks is not None and not exchange.axes:
+        mesh((), exchange.ranks, size, 0, exchange.text)
+    return exchange
 
 
 def _product(made: Sequence[Exchange | Axis], text: str) -> Exchange:

@@ -24,6 +24,7 @@ from paceline.terms.plan import Place
 
 if TYPE_CHECKING:
     from paceline.exchange.axes import Mesh
+    from paceline.place.shard_deferred import Deferred
     from paceline.train.placing import Group
 
 _TIMEOUT = timedelta(minutes=30)
@@ -131,3 +132,18 @@ class Groups:
         from paceline.group.store import UnixStore
 
         return UnixStore(place.store.removeprefix("unix:"), JOIN)
+
+
+def built_in_parts(place: Place) -> Deferred | None:
+    """What the script builds its model in under ``fsdp(build=parts)``; None under anything else."""
+    from paceline.exchange.axes import mesh
+    from paceline.exchange.strategy import build
+
+    exchange = build(place.plan.strategy)
+    layout = mesh(exchange.axes, exchange.ranks, place.size, place.rank, exchange.text)
+    axis = layout.axis("fsdp")
+    if axis is None or axis.settings["build"] != "parts":
+        return None
+    from paceline.place.shard_deferred import Deferred
+
+    return Deferred(layout.along("fsdp"), layout.where("fsdp"))

@@ -65,6 +65,19 @@ class Session:
         self.activity = board.activity(place.slot)
         self._strategy_given = strategy_given
         self._job: Job | None = None
+        self.built: Any = None
+
+    def begin_building(self) -> None:
+        """The script begins. Where the strategy says so, ranks keep their own rows of what it builds, until it is adopted."""
+        from paceline.exchange.strategy import splits
+
+        if self.place.size == 1 or not splits(self.place.plan.strategy):
+            return
+        from paceline.launch.groups import built_in_parts
+
+        self.built = built_in_parts(self.place)
+        if self.built is not None:
+            self.built.__enter__()
 
     @property
     def adopted(self) -> bool:
@@ -105,7 +118,7 @@ class Session:
         from paceline.train.split_job import SplitJob
 
         groups = Groups(self.place, self.board, self.activity)
-        return SplitJob(self.place, self._connect, groups, self.sink, self.activity)
+        return SplitJob(self.place, self._connect, groups, self.built, self.sink, self.activity)
 
     def _connect(self, device: torch.device) -> Wire:
         from paceline.launch.connect import open_wire

@@ -156,10 +156,11 @@ def _difference(first: list[str], other: list[str], rank: int) -> str:
 
 
 def start_equal(wire: Wire, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], *, root: int = 0) -> None:
-    """Overwrite parameters, buffers and optimizer state with those of rank `root`."""
+    """Overwrite parameters, buffers and optimizer state with those of rank `root`, but for parameters that are built in parts."""
     with torch.no_grad():
         for tensor in _tensors(models, optimizers):
-            _overwrite(wire, tensor, root)
+            if not tensor.is_meta:
+                _overwrite(wire, tensor, root)
 
 
 def _overwrite(wire: Wire, tensor: Tensor, root: int = 0) -> None:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paceline.data.streams import Streams
 from paceline.exchange.chain import Exchange
-from paceline.exchange.strategy import build
+from paceline.exchange.strategy import build_whole
 from paceline.group.reunion import Epoch, Reunion
 from paceline.group.wire import Wire
 from paceline.terms.activity import Activity, Phase
@@ -127,7 +127,7 @@ class Job:
         if self._wire is not None:
             help = "pass it to the first paceline.job() call."
             raise StepError("PL410", "the strategy was set after job.adopt", help=help)
-        self._exchange = build(strategy)
+        self._exchange = build_whole(strategy, self.size)
         self._strategy = strategy
 
     def adopt(self, *things: Any) -> Any:
@@ -210,7 +210,7 @@ class Job:
 
     def _emit_plan(self) -> None:
         if self._exchange is None:
-            self._exchange = build(self._strategy)
+            self._exchange = build_whole(self._strategy, self.size)
         assert self._wire is not None
         data = {"strategy": self._exchange.text, "wire": self._wire.name, "describe": self._exchange.describe()}
         self._sink(Event("adopt", 0, data))

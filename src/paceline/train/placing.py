@@ -25,6 +25,7 @@ from paceline.train.split import Placement, Split, watch
 if TYPE_CHECKING:
     from paceline.place.pipeline import Pipeline
     from paceline.place.shard import Sharded
+    from paceline.place.shard_deferred import Deferred
     from paceline.place.tensor import TensorParallel
     from paceline.train.stages import Staged
 
@@ -84,6 +85,7 @@ def place(
     tell: Tell,
     hold: Hold,
     shards: Wire | None = None,
+    built: Deferred | None = None,
 ) -> Placed:
     """Split one model in place.
 
@@ -96,6 +98,7 @@ def place(
         tell: Hears where everything is.
         hold: Hears what this rank holds of the model, as soon as that is known.
         shards: Between the ranks of an ``fsdp`` axis, where they share memory.
+        built: What the model was built in, where each rank has its own rows only.
 
     Raises:
         AdoptError: PL5xx, the model cannot be split like this.
@@ -106,7 +109,7 @@ def place(
     if layout.axis("tensor") is not None:
         placed.parts.append(_cut_inside(layout, group, model, optimizers))
     if layout.axis("fsdp") is not None:
-        placed.sharded = _shard(layout, group, model, optimizers, split, shards)
+        placed.sharded = _shard(layout, group, model, optimizers, split, shards, built)
         placed.parts.append(placed.sharded)
     own = placed.parts[-1].held if placed.parts else adoption.trainable(model, set())
     held = [(f"{label}.{name}", p) for name, p in own]
@@ -228,6 +231,7 @@ def _shard(
     optimizers: Sequence[Optimizer],
     split: Split,
     shards: Wire | None,
+    built: Deferred | None,
 ) -> Sharded:
     from paceline.place.shard import Sharded, after_sharded_backward
 
@@ -240,9 +244,15 @@ def _shard(
             after_sharded_backward(split.end)
         return split.factor()
 
-    settings = {**axis.settings, "precision": _policy(axis.settings["precision"])}
-    sharded = Sharded(group.along("fsdp"), **settings, factor=factor, wire=shards)
-    sharded.place(model, optimizers)
+    sharded = Sharded(
+        group.along("fsdp"),
+        stage=axis.settings["stage"],
+        recompute=axis.settings["recompute"],
+        precision=_policy(axis.settings["precision"]),
+        factor=factor,
+        wire=shards,
+    )
+    sharded.place(model, optimizers, built)
     return sharded
 
 

@@ -21,6 +21,7 @@ from paceline.exchange.axes import Mesh, mesh
 from paceline.exchange.chain import Exchange
 from paceline.exchange.strategy import build
 from paceline.group.wire import Wire
+from paceline.place.shard_deferred import Deferred
 from paceline.terms.activity import Activity
 from paceline.terms.errors import AdoptError, Stopped, UsageError
 from paceline.terms.event import Event, Sink
@@ -62,6 +63,7 @@ class SplitJob(Job):
         place: Who this process is.
         connect: Opens the wire of all ranks.
         groups: Opens smaller groups.
+        built: What the script builds its model in, where each rank keeps its own rows only.
         sink: Where events go.
         activity: Where this process says what it is doing.
     """
@@ -71,11 +73,12 @@ class SplitJob(Job):
         place: Place,
         connect: Callable[[torch.device], Wire],
         groups: Opener,
+        built: Deferred | None,
         sink: Sink,
         activity: Activity,
     ) -> None:
         super().__init__(place, connect, sink, activity)
-        self._groups = groups
+        self._groups, self._built = groups, built
         self._exchange = build(self._strategy)
         self._mesh = self._lay_out(self._exchange)
         self._split: Split | None = None
@@ -132,9 +135,14 @@ class SplitJob(Job):
         parts = self._mesh.inner // self._mesh.along("ddp")
         self.together(lambda wire: adoption.agree(wire, new, given.optimizers, given.loaders, parts))
         self.together(lambda wire: adoption.start_equal(wire, new, given.optimizers))
+        if self._built is not None:
+            self.together(self._drawn_alike)
         self._refuse_late(new, given.optimizers)
         for label, model in new.items():
             self._place_split(label, model, given.optimizers)
+        if self._built is not None and new:
+            self._built.__exit__(None, None, None)
+            self._built = None
         give_back()  # whole parameters
         assert self._exchange is not None
         assert self._wire is not None
@@ -197,6 +205,17 @@ class SplitJob(Job):
         self._exchanging = self._between = between
         return between.own_rounds
 
+    def _drawn_alike(self, wire: Wire) -> None:
+        """Raise AdoptError PL303 where ranks have drawn other numbers: their rows do not belong together."""
+        assert self._built is not None
+        said = wire.gather_bytes("random numbers", self._built.drawn().encode())
+        if len(set(said)) > 1:
+            other = next(rank for rank, theirs in enumerate(said) if theirs != said[0])
+            message = f"rank {other} has built its part of the model with other random numbers than rank 0"
+            raise AdoptError(
+                "PL303", message, help="seed torch before the model is built: torch.manual_seed(0), or --seed."
+            )
+
     def _refuse_late(self, new: dict[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
         """Raise AdoptError PL510 for an optimizer whose parameters have been split before, or that comes later than its model."""
         mine = {p for model in new.values() for p in model.parameters()}
@@ -224,6 +243,7 @@ class SplitJob(Job):
             self._tell,
             self._hold,
             self._shards,
+            self._built,
         )
         self._placed.append(placed)
         self._states.of_model(model, placed.staged)

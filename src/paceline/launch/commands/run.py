@@ -143,9 +143,15 @@ def resolve(args: argparse.Namespace) -> Resolved:
     overrides = dict(plan.settings) | _assignments(args.set)
     if args.threads is not None:
         overrides.pop("OMP_NUM_THREADS", None)
-    servers = strategy_servers(plan.strategy)
+    servers, lean = strategy_servers(plan.strategy), in_pieces(plan.strategy)
     settings = choose(
-        Machine.here(), plan.processes, os.environ, threads=args.threads, overrides=overrides, servers=servers
+        Machine.here(),
+        plan.processes,
+        os.environ,
+        threads=args.threads,
+        overrides=overrides,
+        servers=servers,
+        lean=lean,
     )
     return Resolved(replace(plan, threads=settings.threads, settings=settings.given), settings)
 
@@ -181,6 +187,15 @@ def workers(
         message = f"an elastic run has at most {MOST_WORKERS} workers on one machine, and {most} were asked for"
         raise UsageError("PL105", message, help="`--workers N` starts exactly N, and bears no loss.")
     return count, least, most
+
+
+def in_pieces(strategy: str) -> bool:
+    """Whether models are cut into pieces, because memory is short."""
+    if not strategy:
+        return False
+    from paceline.exchange.strategy import build
+
+    return any(axis.kind == "fsdp" for axis in build(strategy).axes)
 
 
 def check_layout(strategy: str, args: argparse.Namespace, base: Plan) -> bool:

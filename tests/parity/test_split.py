@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.breadth import more
+from support.parity_table import record
 from tests.support.cli import run_paceline, run_python
 
 CASE = Path(__file__).parent / "train_case.py"
@@ -83,6 +84,8 @@ def test_same_as_one_process(strategy: str, n: int, model: str, expected: dict[s
     proved = run_paceline("verify", "ledger", tmp_path / "run", cwd=tmp_path)
     assert proved.returncode == 0, proved.stdout + proved.stderr
     shutil.rmtree(tmp_path / "run")
+    if model != "cnn":
+        record(" * ".join(factor.partition("(")[0].strip() for factor in strategy.split(" * ")), model, n, "")
 
 
 LOCAL = [

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import nn
 
-from peers import shard_case, shard_habits, shard_limits
+from paceline.place.shard_units import units_of
+from peers import shard_case, shard_habits, shard_limits, shard_models
 from support.breadth import more
 from support.peers import run_peers
 from support.rendezvous import rendezvous
@@ -63,6 +65,44 @@ def test_parameters_are_those_of_one_process(size: int, cases: list[dict[str, An
 def test_what_scripts_do_besides(size: int, wire: bool) -> None:
     for found in run(shard_habits.habits, size, wire=wire):
         assert {name: said for name, said in found.items() if said != "same"} == {}
+
+
+# ---- units ----------------------------------------------------------------------------------------------------------
+class Branching(nn.Module):
+    """No list of blocks: two big branches, one of them a chain, and a table that is the head as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(600, 500)
+        self.left = nn.Sequential(nn.Linear(500, 500), nn.ReLU(), nn.Conv1d(500, 300, 1), nn.Linear(500, 500))
+        self.right = nn.Linear(500, 600)
+        self.attention = nn.MultiheadAttention(500, 2)
+        self.small = nn.Linear(5, 5)
+
+
+class Stages(nn.Module):
+    """Few stages of many blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(self.stage() for _ in range(2))
+
+    @staticmethod
+    def stage() -> nn.Module:
+        return nn.Sequential(*(nn.TransformerEncoderLayer(64, 2, 64) for _ in range(3)))
+
+
+def names(model: nn.Module, small: int = 1000) -> list[str]:
+    return [unit.name for unit in units_of(model, small)]
+
+
+def test_units_are_blocks_else_pieces() -> None:
+    assert names(shard_models.build("gpt")) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert names(shard_models.build("hf_bert")) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    assert names(Stages()) == [f"stages.{s}.{i}" for s in range(2) for i in range(3)]
+    assert names(nn.Sequential(*(nn.Linear(10, 10) for _ in range(5))), 1000) == ["0", "2", "4"]
+    assert names(Branching()) == ["left.0", "left.2", "left.3", "right", "attention"]
+    assert names(nn.Linear(4, 4)) == []
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

@@ -286,6 +286,11 @@ def _copied(peer: Peer) -> bool:
         nn.init.sparse_(third.weight, 0.3)
         fourth = nn.Linear(30, 20)
         nn.init.eye_(fourth.weight)
+        fourth.extra = extra = nn.Parameter(torch.empty(20, 7))
+        nn.init.normal_(extra)
+        start = torch.randn(20, 7)
+        fourth.alias = nn.Parameter(start)
+        start.mul_(2)
         return nn.ModuleList([layer, other, third, fourth]).double()
 
     plain = build()

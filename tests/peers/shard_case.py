@@ -45,12 +45,29 @@ def wire_of(peer: Peer, wanted: bool) -> Iterator[ShmWire | None]:
             wire.close()
 
 
+class Lars(torch.optim.Optimizer):
+    """An optimizer of a script, not element by element: each step is as long as its parameter."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    ratio = p.norm() / (p.grad.norm() + 1e-3)
+                    p.sub_(p.grad * ratio * group["lr"])
+
+
 def optimizer_of(name: str, model: nn.Module) -> Optimizer:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    if name == "own":
+        return Lars(groups, lr=0.05)
     if name == "fused":
         return torch.optim.AdamW(groups, lr=1e-2, fused=True)
     kind: Any = getattr(torch.optim, name)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import nn
 
-from peers import shard_case, shard_habits, shard_limits
+from paceline.place.shard_units import units_of
+from peers import shard_case, shard_habits, shard_limits, shard_models
 from support.breadth import more
 from support.peers import run_peers
 from support.rendezvous import rendezvous
@@ -33,7 +35,7 @@ WAYS = [
     {"name": "gpt", "stage": 1, "opt": "fused", "clip": 0.5, "accumulate": 2},
     {"name": "gpt", "stage": 2, "recompute": "blocks"},
     {"name": "encoder", "stage": 3, "recompute": "blocks", "opt": "sgd"},
-    {"name": "mlp", "stage": 3, "opt": "Adafactor"},
+    {"name": "mlp", "stage": 3, "opt": "own"},
     {"name": "mlp", "stage": 1, "opt": "RMSprop", "clip": 0.1},
 ]
 
@@ -65,6 +67,44 @@ def test_what_scripts_do_besides(size: int, wire: bool) -> None:
         assert {name: said for name, said in found.items() if said != "same"} == {}
 
 
+# ---- units ----------------------------------------------------------------------------------------------------------
+class Branching(nn.Module):
+    """No list of blocks: two big branches, one of them a chain, and a table that is the head as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(600, 500)
+        self.left = nn.Sequential(nn.Linear(500, 500), nn.ReLU(), nn.Conv1d(500, 300, 1), nn.Linear(500, 500))
+        self.right = nn.Linear(500, 600)
+        self.attention = nn.MultiheadAttention(500, 2)
+        self.small = nn.Linear(5, 5)
+
+
+class Stages(nn.Module):
+    """Few stages of many blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(self.stage() for _ in range(2))
+
+    @staticmethod
+    def stage() -> nn.Module:
+        return nn.Sequential(*(nn.TransformerEncoderLayer(64, 2, 64) for _ in range(3)))
+
+
+def names(model: nn.Module, small: int = 1000) -> list[str]:
+    return [unit.name for unit in units_of(model, small)]
+
+
+def test_units_are_blocks_else_pieces() -> None:
+    assert names(shard_models.build("gpt")) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert names(shard_models.build("hf_bert")) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    assert names(Stages()) == [f"stages.{s}.{i}" for s in range(2) for i in range(3)]
+    assert names(nn.Sequential(*(nn.Linear(10, 10) for _ in range(5))), 1000) == ["0", "2", "4"]
+    assert names(Branching()) == ["left.0", "left.2", "left.3", "right", "attention"]
+    assert names(nn.Linear(4, 4)) == []
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 Limits = Callable[[str], list[Any]]
 
@@ -91,6 +131,7 @@ def test_what_cannot_be_split_is_refused(limits: Limits) -> None:
         "sums": "PL553",
         "double": "PL553",
         "muon": "PL555",
+        "adafactor": "PL555",
         "first": None,
         "twice": "PL551",
         "reentrant": "PL556",
@@ -98,20 +139,17 @@ def test_what_cannot_be_split_is_refused(limits: Limits) -> None:
     assert limits("refused") == [expected, expected]
 
 
-def test_ranks_that_call_other_blocks_are_told() -> None:
-    found = run(shard_limits.limits, 2, names=["parted"])
-    assert [each["parted"].get("code") for each in found] == ["PL402", "PL402"]
+def test_ranks_that_call_other_blocks_are_told(limits: Limits) -> None:
+    assert [found["parted"] for found in limits("traffic")] == ["PL402", "PL402"]
 
 
 # ---- when, and how much ---------------------------------------------------------------------------------------------
 def test_a_stage_says_how_often_parameters_are_gathered(limits: Limits) -> None:
-    """Two backwards, one step, three blocks and the root."""
-    sums = {"gradients": 8, "barrier parameters with a gradient": 2}
+    """Two backwards, one step, three blocks and the root, which stays gathered from forward to backward in every stage."""
+    rest = {"gradients": 8, "parameters with a gradient": 2}
     for found in limits("traffic"):
         for stage, gathers in (("1", 4), ("2", 8), ("3", 14)):
-            for counts in found[stage]:
-                assert counts.pop("parameters") == gathers, stage
-                assert sum(counts.values()) == 10, (counts, sums)
+            assert found[stage] == [{"parameters": gathers, **rest}] * 2
 
 
 def test_the_factor_is_asked_once_and_the_end_is_the_end(limits: Limits) -> None:

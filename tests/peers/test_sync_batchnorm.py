@@ -102,7 +102,7 @@ def run(function: Callable[..., Any], size: int, **arguments: Any) -> list[Any]:
         return run_peers(function, size, timeout=120, env=env, store=str(server.path), **arguments)
 
 
-@pytest.mark.parametrize(("size", "empty"), [(2, False), (3, True), *more((4, False), (4, True), (1, False))])
+@pytest.mark.parametrize(("size", "empty"), [(3, True), *more((2, False), (4, False), (4, True), (1, False))])
 def test_the_numbers_are_those_of_the_whole_batch(size: int, empty: bool) -> None:
     for found in run(compare, size, empty=empty):
         assert {name: worst for name, worst in found.items() if not worst <= 1e-9} == {}

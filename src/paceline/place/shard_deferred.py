@@ -28,6 +28,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from paceline.place import shard_torch
 from paceline.place.shard_units import part_of
 from paceline.terms.errors import AdoptError
 
@@ -95,7 +96,7 @@ class Deferred(TorchDispatchMode):
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> Deferred:
-        self._handle = register_module_parameter_registration_hook(self._registered)  # type: ignore[arg-type]
+        self._handle = register_module_parameter_registration_hook(self._registered)
         for name in READERS:
             self._originals[name] = getattr(nn.init, name)
             setattr(nn.init, name, self._on_whole(self._originals[name]))
@@ -113,17 +114,23 @@ class Deferred(TorchDispatchMode):
         """Hash of the generator's state. Ranks that differ have drawn other numbers, and must not put their rows together."""
         return hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
 
-    def _registered(self, module: nn.Module, name: str, p: nn.Parameter | None) -> nn.Parameter | None:
-        """A module takes a parameter: from here on only its rows exist."""
+    def _registered(self, module: nn.Module, name: str, p: nn.Parameter | None) -> None:
+        """A module takes a parameter: from here on only its rows exist. It stays the same object for whoever else holds it."""
         if p is None or p.nbytes < self.large or p.dim() == 0 or p.device.type != "cpu" or type(p) is not nn.Parameter:
-            return None
+            return
+        if shard_torch.aliased(p):  # whoever holds the same memory would see what happens to it: it stays whole
+            return
         with _disable_current_modes(), torch.no_grad():
             low, count = part_of(p.shape[0], self.size, self.rank)
             rows = p.detach()[low : low + count].clone()
             made = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-            self._keep(made, rows, low)
-            p.data = torch.empty(0, dtype=p.dtype)
-        return made
+            try:
+                torch.utils.swap_tensors(p, made)  # type: ignore[no-untyped-call]
+            except (
+                RuntimeError
+            ):  # something else refers to its memory, and would see what happens to it: it stays whole
+                return
+            self._keep(p, rows, low)
 
     def _keep(self, meta: Tensor, rows: Tensor, low: int) -> None:
         self._kept[meta.untyped_storage()._cdata] = _Rows(meta, rows, low)

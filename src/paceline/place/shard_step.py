@@ -38,14 +38,14 @@ from paceline.terms.errors import AdoptError
 ELEMENTWISE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
 """Exactly these classes: a subclass may do anything."""
 
-TESTED = ("Adafactor",)
-"""Further optimizers of torch whose step on DTensors was compared with one process."""
-
 
 def check(optimizer: Optimizer) -> None:
-    """Raise AdoptError PL555 for an optimizer whose step on split parameters is known to be wrong, or to fail."""
+    """Raise AdoptError PL555 for an optimizer of torch that needs whole parameters (Adafactor, Muon).
+
+    The step of any other class runs on DTensors, which compute across ranks what needs to be, or say that they cannot.
+    """
     kind = type(optimizer)
-    if kind.__module__.startswith("torch.optim") and kind not in ELEMENTWISE and kind.__name__ not in TESTED:
+    if kind.__module__.startswith("torch.optim") and kind not in ELEMENTWISE:
         raise AdoptError("PL555", f"{kind.__name__} does not work on parameters that are split over ranks")
 
 

@@ -105,6 +105,11 @@ def _later(callback: Callable[[], None], depth: int) -> None:
     after_backward(callback if depth == 0 else lambda: _later(callback, depth - 1))
 
 
+def aliased(tensor: Tensor) -> bool:
+    """Whether another tensor uses the same memory."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2  # the tensor, and what is asked here
+
+
 def local(tensor: DTensor) -> Tensor:
     """The memory that this rank holds of a tensor, without a step in autograd's graph."""
     return tensor._local_tensor
@@ -126,6 +131,7 @@ def last_before_step(optimizer: Optimizer, handle: RemovableHandle, *, move: boo
 
 __all__ = [
     "after_sharded_backward",
+    "aliased",
     "broken",
     "closing",
     "first_after_step",

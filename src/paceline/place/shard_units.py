@@ -7,7 +7,7 @@
 4. What shares a parameter with something outside of it stays with the root, so that tied weights are one.
 
 [Note: only what is called] A unit is gathered when its ``forward`` is called. Modules whose weights are read by others, such as the
-last projection in ``nn.MultiheadAttention``, must not be units; only children of containers and of the script's own modules are.
+last projection in ``nn.MultiheadAttention`` or an embedding that is the head as well, must not be units of their own.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def _splits(module: nn.Module) -> bool:
 
 
 def _read_by_others(module: nn.Module) -> bool:
-    return type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    """Projections of ``nn.MultiheadAttention``, and tables of vectors, whose weight is often the head's as well."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear | nn.Embedding | nn.EmbeddingBag)
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -11,6 +11,7 @@ memory would not see it: its next use is refused (meta tensors count versions as
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,10 +21,11 @@ from torch import Tensor
 from torch.utils import _pytree as tree
 
 from paceline.place.absent import META, Absent, on_meta
+from paceline.place.nested import replace, tensors
 from paceline.terms.errors import StepError
 
 SHARED_NBYTES = 1 << 20
-"""Outputs up to this size are sent to every rank of the pipeline after each backward."""
+"""Outputs up to this size are sent to every rank of the pipeline after a backward, if a rank still refers to them."""
 
 _READS = frozenset(
     {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
@@ -76,6 +78,7 @@ class Record:
         values: What is known of the values since then.
         outputs: The outputs themselves, where they are.
         trip: What the pipeline remembers of the forward.
+        large: Deferred tensors that are more than numbers.
     """
 
     pipeline: Pipeline
@@ -86,6 +89,11 @@ class Record:
     values: dict[Ref, Tensor] = field(default_factory=dict)
     outputs: list[Tensor] | None = None
     trip: Any = None
+    large: list[weakref.ref[Tensor]] = field(default_factory=list)
+
+    def kept(self) -> bool:
+        """Whether the script still has a deferred tensor that is more than a number."""
+        return any(reference() is not None for reference in self.large)
 
     def output(self, leaf: int) -> Deferred:
         """The deferred output with this number."""
@@ -177,6 +185,8 @@ class Deferred(Tensor):
             cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=record.home, requires_grad=False
         )
         made.meta, made.record, made.ref, made.version = meta, record, ref, meta._version
+        if meta.numel() > 1:
+            record.large.append(weakref.ref(made))
         return made
 
     def __init__(self, meta: Tensor, record: Record, ref: Ref) -> None:
@@ -205,7 +215,7 @@ class Deferred(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        first = next(a for a in tree.tree_leaves((args, kwargs)) if isinstance(a, Deferred))
+        first = next(a for a in tensors((args, kwargs)) if isinstance(a, Deferred))
         if name in ("__get__", "__set__", "__delete__"):
             return _attribute(func, name, first, args)
         if name in _PLAIN or name in _PLAIN_TOO:
@@ -270,7 +280,7 @@ def _backward(loss: Deferred, args: Any, kwargs: Any) -> None:
 def _after(func: Any, first: Deferred, args: Any, kwargs: Any) -> Any:
     """Operations after backward work on values; on a rank that lacks one, the result lacks it too."""
     try:
-        args_, kwargs_ = tree.tree_map_only(Deferred, lambda d: d.record.value(d.ref), (args, kwargs))
+        args_, kwargs_ = replace((args, kwargs), Deferred, lambda d: d.record.value(d.ref))
     except StepError as error:
         if error.code != "PL525":
             raise
@@ -284,11 +294,10 @@ def _record(func: Any, name: str, record: Record, args: Any, kwargs: Any) -> Any
     in_place = in_place or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
     if (in_place and not isinstance(args[0], Deferred)) or kwargs.get("out") is not None:
         raise StepError("PL528", "a deferred tensor is written into one that is not")
-    for a in tree.tree_leaves((args, kwargs)):
-        if isinstance(a, Tensor):
-            _check(a, record)
+    for a in tensors((args, kwargs)):
+        _check(a, record)
     result = on_meta(func, args, kwargs, _meta)
-    refs: tuple[Any, Any] = tree.tree_map_only(Deferred, lambda d: d.ref, (args, kwargs))
+    refs = replace((args, kwargs), Deferred, lambda d: d.ref)
     if in_place:
         target = args[0]
         record.nodes.append(Node(func, refs[0], refs[1], [target.meta], in_place=True))

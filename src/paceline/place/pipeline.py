@@ -322,9 +322,9 @@ class Pipeline:
         there = [
             float(name in held and (held[name].grad is not None or before.get(name) is not None)) for name in names
         ]
-        message = torch.tensor([*values, float(bool(fault)), *there], dtype=torch.float64)
+        message = torch.tensor([*values, float(bool(fault)), float(record.kept()), *there], dtype=torch.float64)
         found = self.post.total(message).tolist()
-        self._reached = {name for name, count in zip(names, found[len(scalars) + 1 :], strict=True) if count}
+        self._reached = {name for name, count in zip(names, found[len(scalars) + 2 :], strict=True) if count}
         if found[len(scalars)]:
             raise StepError(
                 "PL531", fault or f"schedule={self.schedule.name}, and the last stage has found no sum over rows"
@@ -334,7 +334,8 @@ class Pipeline:
             record.values[ref] = torch.full(tuple(meta.shape), value, dtype=torch.float64, device=self.device).to(
                 meta.dtype
             )
-        if sum(t.numel() * t.element_size() for t in record.leaves) <= SHARED_NBYTES:
+        small = sum(t.numel() * t.element_size() for t in record.leaves) <= SHARED_NBYTES
+        if small and found[len(scalars) + 1]:
             outputs = trip.outputs if last else None
             record.outputs = self._shared([t.shape for t in record.leaves], outputs)
         else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +80,7 @@ class Record:
         outputs: The outputs themselves, where they are.
         trip: What the pipeline remembers of the forward.
         large: Deferred tensors that are more than numbers.
+        shapes: Of results, remembered from record to record.
     """
 
     pipeline: Pipeline
@@ -90,6 +92,7 @@ class Record:
     outputs: list[Tensor] | None = None
     trip: Any = None
     large: list[weakref.ref[Tensor]] = field(default_factory=list)
+    shapes: dict[Any, Any] = field(default_factory=dict)
 
     def kept(self) -> bool:
         """Whether the script still has a deferred tensor that is more than a number."""
@@ -253,6 +256,7 @@ def _attribute(func: Any, name: str, first: Deferred, args: Any) -> Any:
         return func(*args)
 
 
+@cache
 def _getter(what: str) -> Callable[[Tensor], Tensor]:
     def get(t: Tensor) -> Tensor:
         found: Tensor = t.detach() if what == "data" else getattr(t, what)
@@ -296,7 +300,7 @@ def _record(func: Any, name: str, record: Record, args: Any, kwargs: Any) -> Any
         raise StepError("PL528", "a deferred tensor is written into one that is not")
     for a in tensors((args, kwargs)):
         _check(a, record)
-    result = on_meta(func, args, kwargs, _meta)
+    result = _shaped(record, func, args, kwargs, in_place)
     refs = replace((args, kwargs), Deferred, lambda d: d.ref)
     if in_place:
         target = args[0]
@@ -313,6 +317,31 @@ def _record(func: Any, name: str, record: Record, args: Any, kwargs: Any) -> Any
         Deferred(leaf, record, Ref(number, i)) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)
     ]
     return tree.tree_unflatten(made, spec)
+
+
+def _shaped(record: Record, func: Any, args: Any, kwargs: Any, in_place: bool) -> Any:
+    """The shapes of an operation's result. Those that own their memory are remembered: a meta loss takes milliseconds."""
+    key = None if in_place else (func, _sign(args), _sign(kwargs))
+    found = record.shapes.get(key)
+    if found is not None:
+        size, stride, dtype, needs_grad = found
+        meta = torch.empty_strided(size, stride, dtype=dtype, device=META, requires_grad=needs_grad)
+        return meta.clone() if needs_grad else meta
+    result = on_meta(func, args, kwargs, _meta)
+    own = isinstance(result, Tensor) and not result._is_view() and all(result is not _meta(t) for t in tensors(args))
+    if key is not None and own and "<" not in repr(key[1:]):  # an object in it: it may change
+        record.shapes[key] = result.shape, result.stride(), result.dtype, result.requires_grad
+    return result
+
+
+def _sign(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), str(value.dtype), value.requires_grad
+    if isinstance(value, tuple | list):
+        return type(value).__name__, tuple(map(_sign, value))
+    if isinstance(value, dict):
+        return tuple((key, _sign(v)) for key, v in value.items())
+    return value if isinstance(value, int | float | bool | str | None) else f"<{type(value).__name__}>"
 
 
 def _check(a: Tensor, record: Record) -> None:

@@ -24,7 +24,7 @@ def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
         return {key: replace(v, kind, by) for key, v in value.items()} if value else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # what torch.max returns
         return given(*[replace(v, kind, by) for v in value])
-    if isinstance(value, tuple) and not isinstance(value, Tensor):  # torch.Size, torch.return_types
+    if isinstance(value, tuple):  # torch.Size, torch.return_types
         return value if not any(isinstance(v, kind) for v in value) else given([replace(v, kind, by) for v in value])
     return value
 

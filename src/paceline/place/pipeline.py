@@ -98,6 +98,7 @@ class Pipeline:
         self._setting: Setting | None = None
         self._passes = 0
         self._sums_known: set[Hashable] = set()
+        self._shapes: dict[Any, Any] = {}
         self._reached: set[str] = set()  # parameters that have a gradient, on whatever rank
         self.watch: Callable[[Trip], None] = lambda _: None  # told of every pass, when it has ended
 
@@ -239,8 +240,7 @@ class Pipeline:
             leaves[i].meta if isinstance(leaves[i], Absent) else torch.empty_like(leaves[i], device="meta")
             for i in deferred
         ]
-        record = Record(self, self.device, metas)
-        record.trip = trip
+        record = Record(self, self.device, metas, trip=trip, shapes=self._shapes)
         for number, i in enumerate(deferred):
             leaves[i] = record.output(number)
         return tree.tree_unflatten(leaves, spec)

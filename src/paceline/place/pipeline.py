@@ -338,7 +338,7 @@ class Pipeline:
         if small and found[len(scalars) + 1]:
             outputs = trip.outputs if last else None
             record.outputs = self._shared([t.shape for t in record.leaves], outputs)
-        else:
+        elif record.kept():
             record.outputs = trip.outputs
 
     def _tied(self) -> list[tuple[str, nn.Parameter | None, list[int]]]:

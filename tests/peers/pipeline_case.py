@@ -18,6 +18,9 @@ from paceline.place.absent import Absent
 from paceline.place.pipeline import Pipeline
 from support.peers import Peer
 
+STORES: list[UnixStore] = []
+"""Kept: torch holds only the C++ half of a store that is written in Python."""
+
 ROWS, TIME, CLASSES, VOCABULARY = 12, 6, 5, 31
 
 
@@ -27,9 +30,8 @@ def join(peer: Peer, store: str) -> dist.ProcessGroup:
     torch.set_default_dtype(torch.float64)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     patience = timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", store=UnixStore(store, patience), rank=peer.rank, world_size=peer.size, timeout=patience
-    )
+    STORES.append(UnixStore(store, patience))
+    dist.init_process_group("gloo", store=STORES[0], rank=peer.rank, world_size=peer.size, timeout=patience)
     group = dist.group.WORLD
     assert group is not None
     return group

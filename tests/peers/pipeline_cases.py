@@ -316,3 +316,52 @@ def features(peer: Peer, store: str) -> dict[str, Any]:
     found["running statistics"] = max(float((whole[n] - b).abs().max()) for n, b in reference.named_buffers())
     case.leave(*pipelines)
     return found
+
+
+def side_by_side(peer: Peer, store: str) -> dict[str, Any]:
+    """Two pipelines of two ranks each, with hooks on what is sent, and in an autocast region that ends before backward."""
+    case.join(peer, store)
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group, found, told = groups[peer.rank // 2], {}, []
+    x, y = case.batch("gpt", 0, 12)["x"], case.batch("gpt", 0, 12)["y"].flatten()
+
+    def step(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+        opt.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(x).flatten(0, 1), y)
+        loss.backward()
+        opt.step()
+        told.append(loss.item())
+
+    pipelines = []
+    for schedule in ("gpipe", "1f1b"):
+        torch.manual_seed(peer.rank // 2)
+        model = case.GPT().float()
+        reference = copy.deepcopy(model)
+        sent: list[int] = []
+        pipeline, opt = pipe(
+            group,
+            model,
+            schedule,
+            enter=lambda t: t / 2,
+            leave=lambda t, sent=sent: sent.append(t.element_size()) or t * 2,
+            on_begin=lambda: told.append("begin"),
+            on_end=lambda: told.append("end"),
+            on_cut=lambda p: told.append(len(p.held) > 0),
+            agree=lambda costs: [1.0] * len(costs),
+        )
+        pipelines.append(pipeline)
+        step(reference, case.optimizer(reference))
+        step(model, opt)
+        theirs = dict(reference.named_parameters())
+        found[schedule] = max(float((p - theirs[n]).detach().abs().max()) for n, p in pipeline.held)
+        found["cut"] = pipeline.cut_names
+        expected = told.pop(0)
+        *events, loss = told
+        found["told"] = (
+            events == [True, "begin", "end"] and abs(loss - expected) < 1e-2 and bool(sent) == (peer.rank in (0, 2))
+        )
+        told.clear()
+    del group, groups
+    case.leave(*pipelines)
+    return found

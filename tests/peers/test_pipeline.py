@@ -141,3 +141,11 @@ def test_what_a_loop_may_do_besides() -> None:
         assert described.startswith("stage")
         assert drawn.splitlines()[0].startswith("rank 0  0F0")
         assert picture == "<svg"
+
+
+def test_two_pipelines_side_by_side() -> None:
+    for found in run(pipeline_cases.side_by_side, 4):
+        assert found["gpipe"] < 2e-3  # parameters of float32 after a step in bfloat16
+        assert found["1f1b"] < 2e-3
+        assert found["cut"] == ["blocks.2"]
+        assert found["told"]

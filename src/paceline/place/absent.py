@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as tree
 
+from paceline.place.nested import replace, tensors
 from paceline.place.torch_private import become
 from paceline.terms.errors import StepError
 
@@ -84,8 +84,8 @@ class Absent(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree.tree_map_only(Absent, _now, (args, kwargs or {}))
-        absent = next((a for a in tree.tree_leaves((args, kwargs)) if isinstance(a, Absent)), None)
+        args, kwargs = replace(args, Absent, _now), replace(kwargs or {}, Absent, _now)
+        absent = next((a for a in tensors((args, kwargs)) if isinstance(a, Absent)), None)
         if absent is None:
             return func(*args, **kwargs)
         return _on_absent(func, absent, args, kwargs)
@@ -129,7 +129,7 @@ def _now(absent: Absent) -> Tensor:
 
 def on_meta(func: Callable[..., Any], args: Any, kwargs: Any, meta_of: Callable[[Tensor], Tensor]) -> Any:
     """``func(*args, **kwargs)`` with all tensors replaced by what `meta_of` gives, and with devices replaced by meta."""
-    args, kwargs = tree.tree_map_only(Tensor, meta_of, (args, kwargs))
+    args, kwargs = replace(args, Tensor, meta_of), replace(kwargs, Tensor, meta_of)
     if getattr(func, "__name__", "") in ("to", "type_as"):
         args = tuple(META if isinstance(a, str | torch.device) else a for a in args)
     if kwargs.get("device") is not None:
@@ -174,7 +174,7 @@ def _on_absent(func: Any, absent: Absent, args: Any, kwargs: Any) -> Any:
 
 def wrap(result: Any, like: Absent) -> Any:
     """Meta tensors of a result as absent ones."""
-    return tree.tree_map_only(Tensor, lambda t: Absent(t, like.device, like.origin, like.total), result)
+    return replace(result, Tensor, lambda t: Absent(t, like.device, like.origin, like.total))
 
 
 def _is_iop(name: str) -> bool:
@@ -249,7 +249,7 @@ class Held(Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _NORMS:
-            held = next(a for a in tree.tree_leaves((args, kwargs)) if isinstance(a, Held))
+            held = next(a for a in tensors((args, kwargs)) if isinstance(a, Held))
             return norms(func, args, kwargs, held.total)
         if name in ("__get__", "__set__", "__delete__"):
             with torch._C.DisableTorchFunctionSubclass():
@@ -270,7 +270,7 @@ def hold(grad: Tensor, total: Total, *, counts: bool) -> Tensor:
 
 def plain(value: Any) -> Any:
     """`value` with every :class:`Held` in it as an ordinary tensor, of the same memory."""
-    return tree.tree_map_only(Held, lambda t: t.as_subclass(Tensor), value)
+    return replace(value, Held, lambda t: t.as_subclass(Tensor))
 
 
 def norms(func: Any, args: Any, kwargs: Any, total: Total) -> Any:
@@ -279,7 +279,9 @@ def norms(func: Any, args: Any, kwargs: Any, total: Total) -> Any:
         return [norms(_one_norm, (t, *args[1:]), kwargs, total) for t in args[0]]
     grad, *rest = args if args else (kwargs.pop("input", None) if "input" in kwargs else kwargs.pop("x"),)
     if isinstance(grad, Absent):
-        value = torch.zeros(on_meta(func, (grad, *rest), kwargs, to_meta).shape, dtype=grad.dtype, device=grad.device)
+        simple = len(rest) < 2 and not kwargs.keys() - {"ord", "p", "dtype"}  # of all elements: a number
+        shape = () if simple else on_meta(func, (grad, *rest), kwargs, to_meta).shape
+        value = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
     else:
         value = func(plain(grad), *rest, **kwargs)
         if isinstance(grad, Held) and not grad.counts:
@@ -318,13 +320,11 @@ class Share(Tensor):
         if name in ("__get__", "as_subclass", "size", "dim", "numel") and name != "__set__":
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        shares = [a for a in tree.tree_leaves((args, kwargs)) if isinstance(a, Share)]
+        shares = [a for a in tensors((args, kwargs)) if isinstance(a, Share)]
         if name in _LAZY and all(share.whole is None for share in shares):
             return cls.of(func(*_parts(args), **_parts(kwargs)), shares[0].total)
-        return func(*tree.tree_map_only(Share, Share.resolve, args), **tree.tree_map_only(Share, Share.resolve, kwargs))
+        return func(*replace(args, Share, Share.resolve), **replace(kwargs, Share, Share.resolve))
 
 
 def _parts(value: Any) -> Any:
-    """Shares as what this rank knows; numbers of a gradient that is split inside its layer are known on all its ranks."""
-    parts = tree.tree_map_only(Share, lambda share: share.as_subclass(Tensor), value)
-    return tree.tree_map_only(DTensor, lambda number: number.full_tensor(), parts)
+    return replace(value, Share, lambda share: share.as_subclass(Tensor))

@@ -11,8 +11,10 @@ memory would not see it: its next use is refused (meta tensors count versions as
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +22,11 @@ from torch import Tensor
 from torch.utils import _pytree as tree
 
 from paceline.place.absent import META, Absent, on_meta
+from paceline.place.nested import replace, tensors
 from paceline.terms.errors import StepError
 
 SHARED_NBYTES = 1 << 20
-"""Outputs up to this size are sent to every rank of the pipeline after each backward."""
+"""Outputs up to this size are sent to every rank of the pipeline after a backward, if a rank still refers to them."""
 
 _READS = frozenset(
     {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
@@ -76,6 +79,8 @@ class Record:
         values: What is known of the values since then.
         outputs: The outputs themselves, where they are.
         trip: What the pipeline remembers of the forward.
+        large: Deferred tensors that are more than numbers.
+        shapes: Of results, remembered from record to record.
     """
 
     pipeline: Pipeline
@@ -86,6 +91,12 @@ class Record:
     values: dict[Ref, Tensor] = field(default_factory=dict)
     outputs: list[Tensor] | None = None
     trip: Any = None
+    large: list[weakref.ref[Tensor]] = field(default_factory=list)
+    shapes: dict[Any, Any] = field(default_factory=dict)
+
+    def kept(self) -> bool:
+        """Whether the script still has a deferred tensor that is more than a number."""
+        return any(reference() is not None for reference in self.large)
 
     def output(self, leaf: int) -> Deferred:
         """The deferred output with this number."""
@@ -177,6 +188,8 @@ class Deferred(Tensor):
             cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=record.home, requires_grad=False
         )
         made.meta, made.record, made.ref, made.version = meta, record, ref, meta._version
+        if meta.numel() > 1:
+            record.large.append(weakref.ref(made))
         return made
 
     def __init__(self, meta: Tensor, record: Record, ref: Ref) -> None:
@@ -205,7 +218,7 @@ class Deferred(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        first = next(a for a in tree.tree_leaves((args, kwargs)) if isinstance(a, Deferred))
+        first = next(a for a in tensors((args, kwargs)) if isinstance(a, Deferred))
         if name in ("__get__", "__set__", "__delete__"):
             return _attribute(func, name, first, args)
         if name in _PLAIN or name in _PLAIN_TOO:
@@ -243,6 +256,7 @@ def _attribute(func: Any, name: str, first: Deferred, args: Any) -> Any:
         return func(*args)
 
 
+@cache
 def _getter(what: str) -> Callable[[Tensor], Tensor]:
     def get(t: Tensor) -> Tensor:
         found: Tensor = t.detach() if what == "data" else getattr(t, what)
@@ -270,7 +284,7 @@ def _backward(loss: Deferred, args: Any, kwargs: Any) -> None:
 def _after(func: Any, first: Deferred, args: Any, kwargs: Any) -> Any:
     """Operations after backward work on values; on a rank that lacks one, the result lacks it too."""
     try:
-        args_, kwargs_ = tree.tree_map_only(Deferred, lambda d: d.record.value(d.ref), (args, kwargs))
+        args_, kwargs_ = replace((args, kwargs), Deferred, lambda d: d.record.value(d.ref))
     except StepError as error:
         if error.code != "PL525":
             raise
@@ -284,11 +298,10 @@ def _record(func: Any, name: str, record: Record, args: Any, kwargs: Any) -> Any
     in_place = in_place or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
     if (in_place and not isinstance(args[0], Deferred)) or kwargs.get("out") is not None:
         raise StepError("PL528", "a deferred tensor is written into one that is not")
-    for a in tree.tree_leaves((args, kwargs)):
-        if isinstance(a, Tensor):
-            _check(a, record)
-    result = on_meta(func, args, kwargs, _meta)
-    refs: tuple[Any, Any] = tree.tree_map_only(Deferred, lambda d: d.ref, (args, kwargs))
+    for a in tensors((args, kwargs)):
+        _check(a, record)
+    result = _shaped(record, func, args, kwargs, in_place)
+    refs = replace((args, kwargs), Deferred, lambda d: d.ref)
     if in_place:
         target = args[0]
         record.nodes.append(Node(func, refs[0], refs[1], [target.meta], in_place=True))
@@ -304,6 +317,31 @@ def _record(func: Any, name: str, record: Record, args: Any, kwargs: Any) -> Any
         Deferred(leaf, record, Ref(number, i)) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)
     ]
     return tree.tree_unflatten(made, spec)
+
+
+def _shaped(record: Record, func: Any, args: Any, kwargs: Any, in_place: bool) -> Any:
+    """The shapes of an operation's result. Those that own their memory are remembered: a meta loss takes milliseconds."""
+    key = None if in_place else (func, _sign(args), _sign(kwargs))
+    found = record.shapes.get(key)
+    if found is not None:
+        size, stride, dtype, needs_grad = found
+        meta = torch.empty_strided(size, stride, dtype=dtype, device=META, requires_grad=needs_grad)
+        return meta.clone() if needs_grad else meta
+    result = on_meta(func, args, kwargs, _meta)
+    own = isinstance(result, Tensor) and not result._is_view() and all(result is not _meta(t) for t in tensors(args))
+    if key is not None and own and "<" not in repr(key[1:]):  # an object in it: it may change
+        record.shapes[key] = result.shape, result.stride(), result.dtype, result.requires_grad
+    return result
+
+
+def _sign(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), str(value.dtype), value.requires_grad
+    if isinstance(value, tuple | list):
+        return type(value).__name__, tuple(map(_sign, value))
+    if isinstance(value, dict):
+        return tuple((key, _sign(v)) for key, v in value.items())
+    return value if isinstance(value, int | float | bool | str | None) else f"<{type(value).__name__}>"
 
 
 def _check(a: Tensor, record: Record) -> None:

@@ -98,6 +98,7 @@ class Pipeline:
         self._setting: Setting | None = None
         self._passes = 0
         self._sums_known: set[Hashable] = set()
+        self._shapes: dict[Any, Any] = {}
         self._reached: set[str] = set()  # parameters that have a gradient, on whatever rank
         self.watch: Callable[[Trip], None] = lambda _: None  # told of every pass, when it has ended
 
@@ -239,8 +240,7 @@ class Pipeline:
             leaves[i].meta if isinstance(leaves[i], Absent) else torch.empty_like(leaves[i], device="meta")
             for i in deferred
         ]
-        record = Record(self, self.device, metas)
-        record.trip = trip
+        record = Record(self, self.device, metas, trip=trip, shapes=self._shapes)
         for number, i in enumerate(deferred):
             leaves[i] = record.output(number)
         return tree.tree_unflatten(leaves, spec)
@@ -322,9 +322,9 @@ class Pipeline:
         there = [
             float(name in held and (held[name].grad is not None or before.get(name) is not None)) for name in names
         ]
-        message = torch.tensor([*values, float(bool(fault)), *there], dtype=torch.float64)
+        message = torch.tensor([*values, float(bool(fault)), float(record.kept()), *there], dtype=torch.float64)
         found = self.post.total(message).tolist()
-        self._reached = {name for name, count in zip(names, found[len(scalars) + 1 :], strict=True) if count}
+        self._reached = {name for name, count in zip(names, found[len(scalars) + 2 :], strict=True) if count}
         if found[len(scalars)]:
             raise StepError(
                 "PL531", fault or f"schedule={self.schedule.name}, and the last stage has found no sum over rows"
@@ -334,10 +334,11 @@ class Pipeline:
             record.values[ref] = torch.full(tuple(meta.shape), value, dtype=torch.float64, device=self.device).to(
                 meta.dtype
             )
-        if sum(t.numel() * t.element_size() for t in record.leaves) <= SHARED_NBYTES:
+        small = sum(t.numel() * t.element_size() for t in record.leaves) <= SHARED_NBYTES
+        if small and found[len(scalars) + 1]:
             outputs = trip.outputs if last else None
             record.outputs = self._shared([t.shape for t in record.leaves], outputs)
-        else:
+        elif record.kept():
             record.outputs = trip.outputs
 
     def _tied(self) -> list[tuple[str, nn.Parameter | None, list[int]]]:

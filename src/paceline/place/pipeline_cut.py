@@ -203,6 +203,7 @@ def _nbytes(route: Route, position: int) -> float:
 
 def take_away(model: nn.Module, parts: Parts, mine: Sequence[int], total: Total) -> list[nn.Parameter]:
     """Make absent what none of this rank's stages uses; which parameters that were."""
+    torch.clear_autocast_cache()  # it knows parameters, by references that would forbid to take them away
     gone = []
     for name, p in list(model.named_parameters()):
         if not set(parts.params[name]) & set(mine):

@@ -15,7 +15,7 @@ Time 2i is the glue before position i, 2i + 1 is position i.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils import _pytree as tree
 
 from paceline.place.absent import Absent, known, to_meta
+from paceline.place.nested import tensors
 from paceline.terms.errors import StepError
 
 Label = tuple[int, int, int]
@@ -154,15 +155,14 @@ class Walk(TorchFunctionMode):
 
     def depends(self, args: Any, kwargs: Any) -> bool:
         """Whether one of the arguments depends on parameters."""
-        leaves = tree.tree_leaves((args, kwargs))
-        return any(isinstance(a, Tensor) and ("_label" in a.__dict__ or isinstance(a, nn.Parameter)) for a in leaves)
+        return any("_label" in a.__dict__ or isinstance(a, nn.Parameter) for a in tensors((args, kwargs)))
 
     def label(self, result: Any) -> None:
         """Number the tensors of a result."""
-        tensors = [t for t in tree.tree_leaves(result) if isinstance(t, Tensor)]
-        for leaf, t in enumerate(tensors):
+        made = list(tensors(result))
+        for leaf, t in enumerate(made):
             self.name(t, (2 * self.position, self.number, leaf))
-        self.number += bool(tensors)
+        self.number += bool(made)
 
     def name(self, t: Tensor, label: Label) -> None:
         """`t` is known under this label from now on."""
@@ -193,7 +193,7 @@ class Sketch(Walk):
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Route:
         """The route of this forward."""
         output = super().run(forward, args, kwargs)
-        self._use(output, 2 * self.position + 1)
+        self._use(tree.tree_leaves(output), 2 * self.position + 1)
         self.route.output = output
         return self.route
 
@@ -202,11 +202,11 @@ class Sketch(Walk):
         return 2 * self.position + self.inside
 
     def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self._use((args, kwargs), self._time)
+        self._use(tensors((args, kwargs)), self._time)
         return func(*args, **kwargs)
 
-    def _use(self, values: Any, time: int) -> None:
-        for a in tree.tree_leaves(values):
+    def _use(self, values: Iterable[Any], time: int) -> None:
+        for a in values:
             if not isinstance(a, Tensor):
                 continue
             label = a.__dict__.get("_label")
@@ -224,13 +224,13 @@ class Sketch(Walk):
 
     def visit(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.inside = True
-        self._use((args, kwargs), self._time)
+        self._use(tree.tree_leaves((args, kwargs)), self._time)
         try:
             result = call(*args, **kwargs)
         finally:
             self.inside = False
         self.route.positions.append(self.gates.names[module])
-        self._use(result, 2 * self.position + 1)
+        self._use(tree.tree_leaves(result), 2 * self.position + 1)
         self.route.returned.append(self._returned(result, tree.tree_leaves((args, kwargs))))
         self.passed()
         return result

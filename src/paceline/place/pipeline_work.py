@@ -342,7 +342,10 @@ class StageWork:
     def drawing(self, micro: int, stage: int) -> Iterator[None]:
         """Draw from the stream of (seed, pass, micro-batch, stage)."""
         name = f"{self.setting.seed}/{self.trip.number}/{micro}/{stage}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1)
+        number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+        torch.default_generator.manual_seed(number)  # torch.manual_seed also prepares devices that are not used: slow
+        if self.setting.home.type == "cuda":
+            torch.cuda.manual_seed(number)
         yield
 
 

@@ -184,6 +184,8 @@ def _attention(
         parts.append(each.part if isinstance(each, Split) else split.ranks.cut(each, split.cut_dim, layout))
     right = split.cut_dim - split.part.dim()
     bias = None if attn_mask is None else beside(attn_mask, split, right) if attn_mask.dim() >= -right else attn_mask
+    heads = query.shape[split.cut_dim]
+    split = split.like(parts[0], None, Layout((heads,), split.ranks.num))
     if dropout_p:
         return split.like(_attend(split, parts, bias, dropout_p, is_causal, scale))
     out = func(*parts, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -272,7 +272,7 @@ def _sliced(split: Split, item: slice) -> tuple[slice, Layout]:
         return slice(sum(lengths[:first]), sum(lengths[:last])), Layout(
             split.cuts.segments[first:last], split.ranks.num
         )
-    cuts = sorted({0, start, end, split.cuts.total})
+    cuts = sorted({*ends, start, end})
     raise NotLocal("a slice of the split dim", tuple(b - a for a, b in pairwise(cuts)))
 
 

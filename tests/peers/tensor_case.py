@@ -573,3 +573,41 @@ def without_values(mesh: DeviceMesh) -> float:
     assert all(p.is_meta and isinstance(p, DTensor) for p in model.parameters())
     bytes_here = sum(p.to_local().numel() for p in model.parameters())
     return bytes_here / sum(p.numel() for p in reference.parameters())
+
+
+def families(mesh: DeviceMesh) -> dict[str, float]:
+    """Gradients of further Hugging Face families, and of attention written out, in float64."""
+    import transformers as T
+
+    c: dict[str, Any] = {
+        "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    d: dict[str, Any] = {"vocab_size": WORDS, "d_model": 32, "pad_token_id": 0, "decoder_start_token_id": 1}
+    configs: dict[str, Any] = {
+        "Qwen3ForCausalLM": T.Qwen3Config(**c, num_key_value_heads=2, head_dim=8),
+        "Phi3ForCausalLM": T.Phi3Config(**c, num_key_value_heads=2),
+        "GPTNeoXForCausalLM": T.GPTNeoXConfig(**c),
+        "Gemma2ForCausalLM": T.Gemma2Config(**c, num_key_value_heads=2, head_dim=8),
+        "RobertaForMaskedLM": T.RobertaConfig(**{**c, "pad_token_id": 1}),
+        "LlamaForCausalLM": T.LlamaConfig(**c, attn_implementation="eager", attention_dropout=0.2),
+        "T5ForConditionalGeneration": T.T5Config(**d, d_ff=64, num_layers=2, num_heads=4, d_kv=8),
+        "BartForConditionalGeneration": T.BartConfig(
+            **d, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=64, decoder_ffn_dim=64,
+        ),
+    }  # fmt: skip
+    said = {}
+    for name, config in configs.items():
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            models.append(getattr(T, name)(config).double().train())
+        place = TensorParallel(mesh)
+        place.place(models[0])
+        more = {"decoder_input_ids": ids(1)} if config.is_encoder_decoder else {}
+        for each in models:
+            torch.manual_seed(1)
+            each(input_ids=ids(0), **more).logits.pow(2).mean().backward()
+        said[name] = _differences(place, models[1], grads=True)
+    return said

@@ -115,3 +115,10 @@ def test_mistakes_are_refused(two: list[dict[str, Any]]) -> None:
 def test_a_rank_of_two_holds_half(two: list[dict[str, Any]]) -> None:
     for said in two:
         assert 0.5 <= said["without_values"] < 0.51
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 4])
+def test_further_families_have_the_gradients_of_one_process(size: int) -> None:
+    for said in _work(size, [], 0, ["families"]):
+        assert max(said["families"].values()) < BOUND, said["families"]

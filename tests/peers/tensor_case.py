@@ -611,3 +611,29 @@ def families(mesh: DeviceMesh) -> dict[str, float]:
             each(input_ids=ids(0), **more).logits.pow(2).mean().backward()
         said[name] = _differences(place, models[1], grads=True)
     return said
+
+
+def labels_inside(mesh: DeviceMesh) -> float:
+    """The loss that a Hugging Face model computes itself, in float32: over a vocabulary that stays split."""
+    reference, model = (made("gpt2")[0].eval() for _ in range(2))
+    place = TensorParallel(mesh)
+    place.place(model)
+    for each in (model, reference):
+        each(input_ids=ids(0), labels=ids(0)).loss.backward()
+    apart = _differences(place, reference, grads=True)
+    return apart if apart > 1e-7 else 0.0  # what is in float32 on both sides is equal to its rounding
+
+
+def lower_precision(mesh: DeviceMesh) -> float:
+    """Under autocast products are in bfloat16, on the parts as on the whole."""
+    (reference, loss), (model, _) = made("lm"), made("lm")
+    reference.float(), model.float()
+    TensorParallel(mesh).place(model)
+    losses = []
+    for each in (model, reference):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(loss(each, 0))
+        losses[-1].backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in model.parameters())
+    apart = abs(losses[0].item() - losses[1].item())
+    return apart if apart > 5e-3 else 0.0

@@ -17,7 +17,7 @@ SPLIT = {
 }  # fmt: skip
 UNUSUAL = [
     "stages", "recomputed", "split_loss", "masks", "attention_with_dropout", "whole_and_cut", "overruled",
-    "recurrent_and_convolutions", "parts_by_themselves", "outside_of_the_model",
+    "recurrent_and_convolutions", "parts_by_themselves", "outside_of_the_model", "labels_inside", "lower_precision",
 ]  # fmt: skip
 QUICK = [(name, "adamw") for name in MODELS] + [("mlp", "sgd"), ("gpt2", "sgd"), ("lm", "adamw-foreach")]
 FOUR = [("mlp", "sgd"), ("lm", "adamw"), ("llama", "sgd"), ("encoder", "adamw")]

@@ -256,6 +256,11 @@ def stages(mesh: DeviceMesh) -> float:
     first, second = model.blocks
     place.place_modules({"blocks.0": first, "blocks.1": second})
     assert [name for name, _ in place.held][:2] == ["blocks.0.norm1.weight", "blocks.0.norm1.bias"]
+    head, whole_head = model.head, reference.head
+    place.place_modules({"head": head})  # its weight is tied to a table that another stage holds
+    assert dict(place.held)["head.weight"].placements[0].is_shard(0)
+    y = floats(0, 32)
+    assert torch.allclose(head(y), whole_head(y), rtol=0, atol=1e-12)
     x = torch.randn(2, TIME, 32, dtype=torch.float64, generator=_draws(1), requires_grad=True)
     border = first(x)
     assert type(border) is Tensor

@@ -87,8 +87,8 @@ def _matmul(func: Call, first: Tensor, second: Tensor) -> Any:
     rank = max(first.dim(), second.dim())
     if min(first.dim(), second.dim()) < 2:
         raise NotLocal("a product with a vector")
-    split = first if isinstance(first, Split) else second
-    assert isinstance(split, Split)
+    if not isinstance(first, Split) and not isinstance(second, Split):
+        return torch.matmul(first, second)
     inner_a = isinstance(first, Split) and first.cut_dim == first.part.dim() - 1
     inner_b = isinstance(second, Split) and second.cut_dim == second.part.dim() - 2
     outer_b = isinstance(second, Split) and second.cut_dim == second.part.dim() - 1

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from peers.tensor_case import MODELS, work
+from peers.tensor_case import MODELS
+from peers.tensor_uses import work
 from support.peers import run_peers
 from support.rendezvous import rendezvous
 

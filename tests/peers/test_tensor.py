@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from peers.tensor_case import MODELS, work
+from peers.tensor_case import MODELS
+from peers.tensor_uses import work
 from support.peers import run_peers
 from support.rendezvous import rendezvous
 
@@ -17,7 +18,7 @@ SPLIT = {
 }  # fmt: skip
 UNUSUAL = [
     "stages", "recomputed", "split_loss", "masks", "attention_with_dropout", "whole_and_cut", "overruled",
-    "recurrent_and_convolutions", "parts_by_themselves", "outside_of_the_model",
+    "recurrent_and_convolutions", "parts_by_themselves", "outside_of_the_model", "labels_inside", "lower_precision",
 ]  # fmt: skip
 QUICK = [(name, "adamw") for name in MODELS] + [("mlp", "sgd"), ("gpt2", "sgd"), ("lm", "adamw-foreach")]
 FOUR = [("mlp", "sgd"), ("lm", "adamw"), ("llama", "sgd"), ("encoder", "adamw")]
@@ -115,3 +116,10 @@ def test_mistakes_are_refused(two: list[dict[str, Any]]) -> None:
 def test_a_rank_of_two_holds_half(two: list[dict[str, Any]]) -> None:
     for said in two:
         assert 0.5 <= said["without_values"] < 0.51
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 4])
+def test_further_families_have_the_gradients_of_one_process(size: int) -> None:
+    for said in _work(size, [], 0, ["families"]):
+        assert max(said["families"].values()) < BOUND, said["families"]

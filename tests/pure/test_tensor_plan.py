@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -312,6 +311,10 @@ CASES: dict[str, Callable[[Tensor], Any]] = {
     "repeat_interleave": lambda x: x.repeat_interleave(3, dim=2),
     "softmax": lambda x: x.softmax(-1) + F.softmax(x, dim=1),
     "mean": lambda x: x.mean(-1, keepdim=True) + x.sum((0, 1)),
+    "var": lambda x: x.var(-1, True) + x.std(dim=-1, keepdim=False) + x.norm(dim=-1),
+    "type by name": lambda x: x.type(torch.float32).type_as(x),
+    "folds over dims of one": lambda x: x.unsqueeze(2).reshape(2, 1, 3, 1, 12, 8).view(2, 3, 1, 12, 8).squeeze(2),
+    "chunks by name": lambda x: x.chunk(dim=1, chunks=3),
     "max": lambda x: x.max(dim=1)[0],
     "layer norm": lambda x: F.layer_norm(x, (8,), torch.arange(8.0, dtype=x.dtype), torch.ones(8, dtype=x.dtype)),
     "pad": lambda x: F.pad(x, (1, 2)),
@@ -361,6 +364,10 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "some positions": lambda x: x[:, :, 3:7],
     "joined with one before": lambda x: x.flatten(0, 2),
     "uneven fold": lambda x: x.view(2, 3, 3, 4, 8),
+    "mean of no dims": lambda x: x.mean(()),
+    "an axis by its other name": lambda x: x.sum(axis=2),
+    "positions that are true": lambda x: torch.where(x > 0),
+    "flipped": lambda x: x.flip(0, 2),
     "chosen positions": lambda x: x[:, :, torch.tensor([0, 1])],
 }
 
@@ -376,13 +383,14 @@ def test_layouts() -> None:
     assert [uneven.length(rank) for rank in range(4)] == [25, 25, 25, 22]
     whole = torch.arange(97)
     assert torch.equal(uneven.join([uneven.cut(whole, 0, rank) for rank in range(4)], 0), whole)
+    assert uneven.scaled(2) is None
     fused = Layout((4, 8), 2)
     whole = torch.arange(12)
     assert fused.cut(whole, 0, 1).tolist() == [2, 3, 8, 9, 10, 11]
     assert torch.equal(fused.join([fused.cut(whole, 0, rank) for rank in range(2)], 0), whole)
     assert fused.divided(2) == Layout((2, 4), 2)
     assert fused.divided(4) is None
-    assert math.prod(fused.scaled(3).segments) == 12 * 24
+    assert fused.scaled(3) == Layout((12, 24), 2)
 
 
 def test_every_model_of_the_parity_test_has_a_plan_that_ranks_agree_on() -> None:

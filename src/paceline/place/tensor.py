@@ -68,6 +68,7 @@ class TensorParallel:
         self.mesh, self.loss_parallel = mesh, loss_parallel
         self.group = Group(mesh.get_group())
         self.plan: Plan = {}
+        self._ways: Plan = {}  # the same, with the later names of tied parameters
         self._overrides = dict(plan or {})
         self._roots: list[tuple[str, nn.Module]] = []
         self._copies: list[tuple[str, nn.Module]] = []
@@ -91,6 +92,9 @@ class TensorParallel:
     def derive(self, model: nn.Module, example: Any = None) -> Plan:
         """Derive the plan of the whole model, which may be on the meta device, without placing anything."""
         self.plan = derive(model, self.group.num, self._overrides, example)
+        first = {id(p): name for name, p in model.named_parameters()}
+        every = model.named_parameters(remove_duplicate=False)
+        self._ways = {name: self.plan[first[id(p)]] for name, p in every}
         return self.plan
 
     def place_modules(self, modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
@@ -99,13 +103,12 @@ class TensorParallel:
         Each may be called by itself: it takes and gives plain tensors, equal on all ranks, and their gradients are too.
         """
         change: dict[nn.Parameter, nn.Parameter] = {}
-        ways = self._ways(modules)
         for path, root in modules.items():
             for prefix, module in root.named_modules(prefix=path):
                 for name, p in list(module._parameters.items()):
                     if p is not None and not isinstance(p, DTensor):
                         if p not in change:
-                            change[p] = self._distributed(p, ways[f"{prefix}.{name}".lstrip(".")])
+                            change[p] = self._distributed(p, self._ways[_name(prefix, name)])
                         setattr(module, name, change[p])
                 self._watch(module, prefix)
             self._roots.append((path, root))
@@ -120,16 +123,6 @@ class TensorParallel:
             for name, p in root.named_parameters(prefix=path):
                 first.setdefault(id(p), (name, p))
         return list(first.values())
-
-    def _ways(self, modules: Mapping[str, nn.Module]) -> Plan:
-        """The plan, with the later names of tied parameters too."""
-        first: dict[int, str] = {}
-        ways: Plan = {}
-        for path, root in modules.items():
-            for name, p in root.named_parameters(prefix=path, remove_duplicate=False):
-                known = first.setdefault(id(p), name)
-                ways[name] = self.plan.get(name) or ways.get(known) or self.plan[known]
-        return ways
 
     def _distributed(self, p: nn.Parameter, way: Way) -> nn.Parameter:
         return nn.Parameter(self._part(p.detach(), way), requires_grad=p.requires_grad)
@@ -191,17 +184,14 @@ class TensorParallel:
         found = self._known.get(id(p))
         if found is not None and found[0] is p:
             return found
-        for path, root in (
-            *self._roots,
-            *self._copies,
-        ):  # another room has put another object in a parameter's place: an unsharded one
+        self._known = {}  # another room has put other objects in the place of parameters: unsharded ones
+        for path, root in (*self._roots, *self._copies):
             for prefix, module in root.named_modules(prefix=path):
                 for name, each in module._parameters.items():
-                    if each is p:
-                        full = f"{prefix}.{name}".lstrip(".")
-                        self._known[id(p)] = (p, full, self._ways({path: root})[full])
-                        return self._known[id(p)]
-        return None
+                    if each is not None:
+                        full = _name(prefix, name)
+                        self._known.setdefault(id(each), (each, full, self._ways[full]))
+        return self._known.get(id(p))
 
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Iterator[None]:
@@ -370,6 +360,10 @@ class _Local(torch.autograd.Function):
 def _as(local: Tensor, p: Any) -> DTensor:
     made: DTensor = DTensor(local, copy(p._spec), requires_grad=False)  # type: ignore[no-untyped-call]
     return made
+
+
+def _name(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _local(value: Any) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -149,7 +150,12 @@ class _Search:
     def run(self, call: Call) -> None:
         while True:
             self.notes = _Notes()
-            _forward(self.model, call, _Watch(self.model, self), self._returned)
+            try:
+                _forward(self.model, call, _Watch(self.model, self), self._returned)
+            except PacelineError:
+                raise
+            except Exception as error:
+                raise UsageError("PL540", f"a trial of {type(self.model).__name__} failed ({_said(error)})") from error
             if not self._learn():
                 return
 
@@ -211,9 +217,8 @@ class _Search:
             way = self.notes.ways[name]
             if way.word == "vocab" or name in self.asked:
                 continue
-            new = why.segments
-            fresh = new is not None and name not in self.segments and way.segments == (sum(new),)
-            if new is not None and fresh and all(length % self.num == 0 for length in new):
+            new = _finer(self.notes.segments.get(name, way.segments), why.segments)
+            if len(new) > len(way.segments) and all(length % self.num == 0 for length in new):
                 self.notes.segments[name] = new
             elif why.reason == RETURNED:
                 self.notes.failed.setdefault(name, RETURNED)
@@ -361,6 +366,14 @@ class _Search:
                 raise UsageError("PL543", f"{path} is a {type(module).__name__}, and there is no rule to split it")
 
 
+def _finer(old: tuple[int, ...], new: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Segments with the boundaries of both; those of before where they are of another dim."""
+    if new is None or sum(old) != sum(new):
+        return old
+    ends = sorted({0, *accumulate(old), *accumulate(new)})
+    return tuple(end - start for start, end in pairwise(ends))
+
+
 def _is_weight(p: Tensor) -> bool:
     return p.dim() > 1
 
@@ -446,8 +459,12 @@ def _runnable(model: nn.Module, example: Any) -> tuple[Call | None, str]:
         except PacelineError:
             raise
         except Exception as error:
-            why = why or f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            why = why or _said(error)
     return None, why or "no layer says what it reads"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def _forward(model: nn.Module, call: Call, watch: _Watch, returned: Callable[[Any], None]) -> None:

@@ -87,8 +87,8 @@ def _matmul(func: Call, first: Tensor, second: Tensor) -> Any:
     rank = max(first.dim(), second.dim())
     if min(first.dim(), second.dim()) < 2:
         raise NotLocal("a product with a vector")
-    split = first if isinstance(first, Split) else second
-    assert isinstance(split, Split)
+    if not isinstance(first, Split) and not isinstance(second, Split):
+        return torch.matmul(first, second)
     inner_a = isinstance(first, Split) and first.cut_dim == first.part.dim() - 1
     inner_b = isinstance(second, Split) and second.cut_dim == second.part.dim() - 2
     outer_b = isinstance(second, Split) and second.cut_dim == second.part.dim() - 1
@@ -184,6 +184,8 @@ def _attention(
         parts.append(each.part if isinstance(each, Split) else split.ranks.cut(each, split.cut_dim, layout))
     right = split.cut_dim - split.part.dim()
     bias = None if attn_mask is None else beside(attn_mask, split, right) if attn_mask.dim() >= -right else attn_mask
+    heads = query.shape[split.cut_dim]
+    split = split.like(parts[0], None, Layout((heads,), split.ranks.num))
     if dropout_p:
         return split.like(_attend(split, parts, bias, dropout_p, is_causal, scale))
     out = func(*parts, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -74,7 +74,7 @@ def unary(func: Call, split: Any, *args: Any, **kwargs: Any) -> Any:
     part = func(split.part, *(each.part if isinstance(each, Split) else each for each in args), **kwargs)
     if part is split.part:
         return split
-    return split.like(part)
+    return split.like(part) if isinstance(part, Tensor) else part
 
 
 @rule(*POINTWISE.split())
@@ -89,6 +89,8 @@ def pointwise(func: Call, *args: Any, **kwargs: Any) -> Any:
     mapped = [beside(each, split, right) for each in args]
     named = {key: beside(each, split, right) for key, each in kwargs.items()}
     part = func(*mapped, **named)
+    if not isinstance(part, Tensor):
+        raise NotLocal(f"{func.__name__} with several results")
     if isinstance(into, Split):
         into.part = part
         return into
@@ -170,8 +172,10 @@ def refold(split: Split, shape: list[int]) -> tuple[int, Layout, list[int]]:
     products = [1, *accumulate(shape, lambda a, b: a * b)]
     if before not in products:
         raise NotLocal("the split dim is joined with one before it")
-    dim = max(i for i, product in enumerate(products) if product == before and i < len(shape))
-    dim = _first_real(shape, products.index(before), dim)
+    places = [i for i, product in enumerate(products[:-1]) if product == before]
+    if not places:
+        raise NotLocal("a view without the split dim")
+    dim = next((i for i in places if shape[i] > 1), places[-1])  # the first that is longer than one
     length, total = shape[dim], layout.total
     following = [size for size in shape[dim + 1 :] if size > 1]
     parts = len(layout.segments)
@@ -191,11 +195,6 @@ def refold(split: Split, shape: list[int]) -> tuple[int, Layout, list[int]]:
         if length < total and room % num == 0 and len(following) > 1:
             raise NotLocal("several segments of features", (total // length,) * length)
     return _settle(layout, shape, dim)
-
-
-def _first_real(shape: list[int], start: int, end: int) -> int:
-    """The first of the dims from start to end that is longer than one, else the last."""
-    return next((i for i in range(start, end + 1) if shape[i] > 1), end)
 
 
 def _settle(layout: Layout, shape: list[int], dim: int) -> tuple[int, Layout, list[int]]:
@@ -272,7 +271,7 @@ def _sliced(split: Split, item: slice) -> tuple[slice, Layout]:
         return slice(sum(lengths[:first]), sum(lengths[:last])), Layout(
             split.cuts.segments[first:last], split.ranks.num
         )
-    cuts = sorted({0, start, end, split.cuts.total})
+    cuts = sorted({*ends, start, end})
     raise NotLocal("a slice of the split dim", tuple(b - a for a, b in pairwise(cuts)))
 
 
@@ -285,13 +284,14 @@ def _pieces(func: Call, split: Split, *args: Any, **kwargs: Any) -> Any:
         return tuple(split.like(piece, at) for piece in func(split.part, *args, **kwargs))
     if func.__name__ == "unbind":
         raise NotLocal("the positions of the split dim, one by one")
-    shadow = func(torch.empty(split.cuts.total, device="meta"), args[0] if args else next(iter(kwargs.values())))
+    pieces = [*args[:1], *(value for key, value in kwargs.items() if key != "dim")][0]
+    shadow = func(torch.empty(split.cuts.total, device="meta"), pieces)
     sizes = [len(piece) for piece in shadow]
     if tuple(sizes) != split.cuts.segments:
         raise NotLocal("pieces of the split dim", tuple(sizes))
     lengths = [end - start for start, end in split.cuts.spans(split.ranks.rank)]
-    pieces = zip(torch.split(split.part, lengths, dim), sizes, strict=True)
-    return tuple(split.like(piece, dim, Layout((size,), split.ranks.num)) for piece, size in pieces)
+    parts = zip(torch.split(split.part, lengths, dim), sizes, strict=True)
+    return tuple(split.like(part, dim, Layout((size,), split.ranks.num)) for part, size in parts)
 
 
 @rule("cat", "concat", "concatenate", "stack")
@@ -308,11 +308,11 @@ def _cat(func: Call, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> 
     return split.like(func(parts, dim), split.cut_dim + (stack and dim <= split.cut_dim))
 
 
-@rule("expand", "expand_as", "broadcast_to", "repeat", "tile")
+@rule("expand", "expand_as", "broadcast_to", "repeat")
 def _expand(func: Call, split: Split, *args: Any, **kwargs: Any) -> Any:
     sizes = list(args[0].shape) if func.__name__ == "expand_as" else _numbers((*args, *kwargs.values()))
     dim = split.cut_dim + len(sizes) - split.part.dim()
-    if func.__name__ in ("repeat", "tile"):
+    if func.__name__ == "repeat":
         if dim < 0 or sizes[dim] != 1:
             raise NotLocal("a copy along the split dim")
         return split.like(split.part.repeat(sizes), dim)
@@ -328,7 +328,10 @@ def _repeat_interleave(func: Call, split: Split, repeats: Any, dim: int | None =
         raise NotLocal("repeats that are a tensor")
     dim = dim % split.part.dim()
     part = func(split.part, repeats, dim)
-    return split.like(part, None, split.cuts.scaled(repeats)) if dim == split.cut_dim else split.like(part)
+    layout = split.cuts.scaled(repeats) if dim == split.cut_dim else split.cuts
+    if layout is None:
+        raise NotLocal("a copy of parts of unequal length")
+    return split.like(part, None, layout)
 
 
 @rule("pad")
@@ -339,7 +342,7 @@ def _pad(func: Call, split: Split, pad: Sequence[int], *args: Any, **kwargs: Any
 
 
 # ---- along dims -------------------------------------------------------------------------------------------------------
-@rule("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "flip", "tril", "triu", "normalize")
+@rule("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "tril", "triu", "normalize")
 def _along(func: Call, split: Split, *args: Any, **kwargs: Any) -> Any:
     name = func.__name__
     dims = {"tril": [-1, -2], "triu": [-1, -2]}.get(name) or _dims(
@@ -367,6 +370,8 @@ def _reduce(func: Call, split: Split, *args: Any, **kwargs: Any) -> Any:
     if name in ("max", "min") and args and isinstance(args[0], Tensor):
         return pointwise(func, split, *args, **kwargs)
     given = kwargs.get("dim", args[0] if args and name != "norm" else None)
+    if "axis" in kwargs or given in ((), []) or (name == "norm" and len(args) > 1):
+        raise NotLocal(f"{name} with unusual arguments")
     dims = list(range(rank)) if given is None else [dim % rank for dim in _dims(given)]
     if split.cut_dim in dims:
         if name not in ("sum", "mean"):
@@ -377,8 +382,8 @@ def _reduce(func: Call, split: Split, *args: Any, **kwargs: Any) -> Any:
         total = split.ranks.total(torch.sum(split.part, dims, **rest))
         return total if name == "sum" else total / math.prod(split.shape[dim] for dim in dims)
     out = func(split.part, *args, **kwargs)
-    keep = kwargs.get("keepdim", args[1] if len(args) > 1 and isinstance(args[1], bool) else False)
-    dim = split.cut_dim if keep else split.cut_dim - sum(each < split.cut_dim for each in dims)
+    first = out[0] if isinstance(out, tuple) else out
+    dim = split.cut_dim if first.dim() == rank else split.cut_dim - sum(each < split.cut_dim for each in dims)
     return type(out)([split.like(each, dim) for each in out]) if isinstance(out, tuple) else split.like(out, dim)
 
 

@@ -71,8 +71,10 @@ class Layout:
         cuts = [torch.split(part, size, dim) for part, size in zip(parts, sizes, strict=True)]
         return torch.cat([cut[segment] for segment in range(len(self.segments)) for cut in cuts], dim)
 
-    def scaled(self, factor: int) -> Layout:
-        """Of a dim of which each position stands for `factor` as many."""
+    def scaled(self, factor: int) -> Layout | None:
+        """Of a dim that is longer by `factor`; None where the cuts would fall elsewhere."""
+        if factor > 1 and not self.even:
+            return None
         return Layout(tuple(length * factor for length in self.segments), self.num)
 
     def divided(self, divisor: int) -> Layout | None:
@@ -182,53 +184,11 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 T = TypeVar("T", bound=Rule)
 
-METADATA = frozenset(
-    [
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "layout",
-        "is_cuda",
-        "is_cpu",
-        "is_meta",
-        "is_mps",
-        "is_xpu",
-        "is_sparse",
-        "is_quantized",
-        "is_nested",
-        "is_leaf",
-        "requires_grad",
-        "names",
-        "itemsize",
-        "nbytes",
-        "grad",
-        "grad_fn",
-        "_version",
-        "is_mkldnn",
-        "is_sparse_csr",
-        "is_complex",
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "is_contiguous",
-        "element_size",
-        "is_floating_point",
-        "storage_offset",
-        "get_device",
-        "__len__",
-        "type",
-        "requires_grad_",
-        "__hash__",
-        "is_inference",
-        "is_tensor",
-        "is_same_size",
-        "is_signed",
-    ]
-)
+_NAMES = """shape dtype device ndim layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested is_leaf
+requires_grad names itemsize nbytes grad grad_fn _version is_mkldnn is_sparse_csr is_complex size dim ndimension numel
+nelement stride is_contiguous element_size is_floating_point storage_offset get_device __len__ requires_grad_ __hash__
+is_inference is_tensor is_same_size is_signed"""
+METADATA = frozenset(_NAMES.split())
 
 
 def rule(*names: str) -> Callable[[T], T]:
@@ -266,7 +226,14 @@ def apply(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
         if body is None:
             raise NotLocal(f"no rule for {name}")
         return body(func, *args, **kwargs)
-    except NotLocal as why:
+    except (
+        NotLocal,
+        TypeError,
+        IndexError,
+        AttributeError,
+        ValueError,
+    ) as error:  # then torch says what is wrong, if it is
+        why = error if isinstance(error, NotLocal) else NotLocal(f"{name} with unusual arguments")
         in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
         if in_place and isinstance(args[0], Split) and not args[0].ranks.trial:
             _refuse(f"{name} changes a split activation in place, and there is no rule for it ({why.reason})")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as tree
 
 from paceline.place.nested import replace, tensors
@@ -327,4 +328,6 @@ class Share(Tensor):
 
 
 def _parts(value: Any) -> Any:
-    return replace(value, Share, lambda share: share.as_subclass(Tensor))
+    """Shares as what this rank knows; the norm of a gradient that is split inside its layer is known on all its ranks."""
+    parts = replace(value, Share, lambda share: share.as_subclass(Tensor))
+    return replace(parts, DTensor, lambda number: number.full_tensor())

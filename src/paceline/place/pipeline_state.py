@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,10 +20,15 @@ Extras = Mapping[str, Mapping[str, Any]]
 
 
 class State:
-    """Gathers and spreads what the stages hold."""
+    """Gathers and spreads what the stages hold.
+
+    Attributes:
+        full: Puts a parameter that is split over other ranks together.
+    """
 
     def __init__(self, model: nn.Module, post: Post, schedule: Schedule, parts: Parts) -> None:
         self._model, self._post, self._schedule, self._parts = model, post, schedule, parts
+        self.full: Callable[[Any], Any] = full
 
     def holders(self, name: str) -> list[int]:
         """Ranks of the pipeline that hold a parameter or whose value of a buffer counts."""
@@ -39,7 +44,7 @@ class State:
         """
         found: dict[str, Tensor] = {}
         for name, t in [*self._model.named_parameters(), *self._model.named_buffers()]:
-            whole = self._gather(full(t), self.holders(name)[0], Form(tuple(t.shape), t.dtype, False), everywhere)
+            whole = self._gather(self.full(t), self.holders(name)[0], Form(tuple(t.shape), t.dtype, False), everywhere)
             if whole is not None:
                 found[name] = whole
         return found

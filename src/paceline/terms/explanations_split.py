@@ -202,4 +202,10 @@ SPLIT: dict[str, Explanation] = {
         "A stage waited for another one, whose process has ended or been cut off. Its own message says why, and is the one to read.",
         "look at the rank that failed first; a run with several replicas goes on without this one.",
     ),
+    "PL512": Explanation(
+        "a gradient scaler cannot be used with a pipeline",
+        "A GradScaler leaves out steps whose gradients are not finite, as far as it sees: those of its own stage. Stages would take "
+        "different steps.",
+        "use bf16, which needs no scaler, or `fsdp` or `tensor`.",
+    ),
 }

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from paceline.exchange.axes import Mesh
 from paceline.group.wire import Wire
 from paceline.place.torch_private import after_backward
 from paceline.train import adopt as adoption
+from paceline.train.seams import Seams
 from paceline.train.split import Placement, Split, watch
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def place(
     wire: Wire,
     tell: Tell,
     hold: Hold,
+    seams: Seams,
     shards: Wire | None = None,
     built: Deferred | None = None,
 ) -> Placed:
@@ -97,6 +100,7 @@ def place(
         wire: Of all ranks.
         tell: Hears where everything is.
         hold: Hears what this rank holds of the model, as soon as that is known.
+        seams: Learns how parts go together.
         shards: Between the ranks of an ``fsdp`` axis, where they share memory.
         built: What the model was built in, where each rank has its own rows only.
 
@@ -105,9 +109,12 @@ def place(
     """
     placed = Placed(label, model)
     if layout.axis("pipeline") is not None:
-        return _into_stages(layout, group, placed, optimizers, split, wire, tell, hold)
+        return _into_stages(layout, group, placed, optimizers, split, wire, tell, hold, seams)
     if layout.axis("tensor") is not None:
-        placed.parts.append(_cut_inside(layout, group, model, optimizers))
+        tensor = _cut_inside(layout, group, model, optimizers)
+        placed.parts.append(tensor)
+        seams.tensors.append(tensor)
+        step_on_parts(tensor, optimizers)
     if layout.axis("fsdp") is not None:
         placed.sharded = _shard(layout, group, model, optimizers, split, shards, built)
         placed.parts.append(placed.sharded)
@@ -120,6 +127,22 @@ def place(
     return placed
 
 
+def step_on_parts(tensor: TensorParallel, optimizers: Sequence[Optimizer]) -> None:
+    """Optimizers step on local parts as plain tensors, which is the same and quicker."""
+    open_ones: dict[Optimizer, ExitStack] = {}
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        stack = open_ones[optimizer] = ExitStack()
+        stack.enter_context(tensor.stepping(optimizer))
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        open_ones.pop(optimizer).close()
+
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+
 def _into_stages(
     layout: Mesh,
     group: Group,
@@ -129,6 +152,7 @@ def _into_stages(
     wire: Wire,
     tell: Tell,
     hold: Hold,
+    seams: Seams,
 ) -> Placed:
     """The model is cut at its first forward; what this rank holds is known then."""
     from paceline.place.pipeline import Pipeline
@@ -145,9 +169,11 @@ def _into_stages(
         return agreed
 
     def on_cut(pipeline: Pipeline) -> None:
-        staged.is_cut = True
+        staged.cut()
         if inside is not None:
             _cut_blocks(pipeline, inside, optimizers)
+            seams.tensors.append(inside)
+            step_on_parts(inside, optimizers)
         hold(label, model, [(f"{label}.{name}", p) for name, p in pipeline.held if p.requires_grad])
 
     def begin() -> None:
@@ -176,7 +202,7 @@ def _into_stages(
         on_cut=on_cut,
         agree=agree,
     )
-    placed.staged = staged = Staged(label, model, optimizers, pipeline)
+    placed.staged = staged = Staged(label, model, optimizers, pipeline, seams)
     pipeline.place(model, optimizers)
     return placed
 

@@ -39,6 +39,7 @@ from paceline.train.peers import Named, Peers
 from paceline.train.placing import Group
 from paceline.train.room import give_back
 from paceline.train.saving import Saving
+from paceline.train.seams import Seams
 from paceline.train.split import Split
 from paceline.train.split_rounds import SplitExchanging, SplitRounds
 
@@ -89,7 +90,8 @@ class SplitJob(Job):
         self._placed: list[placing.Placed] = []
         self._whole: trees.Tree | None = None
         self._last: dict[str, Tensor] | None = None
-        self._states = whole.States()
+        self._seams = Seams()
+        self._states = whole.States(self._seams)
         self._re_read()
 
     def _lay_out(self, exchange: Exchange) -> Mesh:
@@ -151,6 +153,8 @@ class SplitJob(Job):
             self._waiting.append(optimizer) if later else self._own(optimizer)
         for scheduler in given.schedulers:
             self._steps.own_schedule(scheduler)
+        if given.scalers and self._mesh.axis("pipeline") is not None:
+            raise AdoptError("PL512", "a GradScaler looks at the gradients of one stage, and others may differ")
         if given.scalers:
             self._loop.report_nonfinite = False
         layout = self._mesh
@@ -242,6 +246,7 @@ class SplitJob(Job):
             self._wire,
             self._tell,
             self._hold,
+            self._seams,
             self._shards,
             self._built,
         )
@@ -308,7 +313,7 @@ class SplitJob(Job):
     def _whole_tree(self) -> trees.Tree:
         """The state of the job as if it were not split, on rank 0; all ranks of its replica take part."""
         with self._states.in_parts():
-            return whole.gather(self._things(), self._placed, self.main)
+            return whole.gather(self._things(), self._placed, self._seams, self.main)
 
     def export(self, path: str | Path) -> None:
         """See :meth:`Job.export`. The parts are put together, so all ranks call it, at the same place of the script."""
@@ -324,7 +329,7 @@ class SplitJob(Job):
         if self._last is not None:
             return self._last
         with self._states.in_parts():
-            return whole.named(self._models, self._placed, self.main)
+            return whole.named(self._models, self._placed, self._seams, self.main)
 
     # ---- the end ------------------------------------------------------------------------------------------------------
     def finish(self, error: BaseException | None = None) -> None:

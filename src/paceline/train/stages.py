@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paceline.place.pipeline import Pipeline
+from paceline.train.seams import Seams
 from paceline.train.state import neutral
 
 
@@ -23,10 +24,13 @@ class Staged:
         model: Whole still.
         optimizers: Of the script; those that hold its parameters count.
         pipeline: What will cut it.
+        seams: How parts of its parameters go together.
     """
 
-    def __init__(self, label: str, model: nn.Module, optimizers: Sequence[Optimizer], pipeline: Pipeline) -> None:
-        self.label, self.pipeline, self.is_cut = label, pipeline, False
+    def __init__(
+        self, label: str, model: nn.Module, optimizers: Sequence[Optimizer], pipeline: Pipeline, seams: Seams
+    ) -> None:
+        self.label, self.pipeline, self.seams, self.is_cut = label, pipeline, seams, False
         self._model = model
         first: dict[Tensor, str] = {}
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -37,6 +41,11 @@ class Staged:
     def __deepcopy__(self, memo: dict[int, Any]) -> Staged:
         """A copy of the model has hooks that ask this one."""
         return self
+
+    def cut(self) -> None:
+        """The model has been cut."""
+        self.is_cut = True
+        self.pipeline.state.full = lambda t: self.seams.whole(t, t)
 
     def owns(self, optimizer: Optimizer) -> bool:
         """All its parameters are of this model."""
@@ -64,7 +73,11 @@ class Staged:
         return {"state": state, "more": more}
 
     def _states(self, optimizer: Optimizer, *, everywhere: bool) -> dict[str, dict[str, Any]]:
-        mine = {name: dict(optimizer.state[p]) for name, p in self.pipeline.held if p in optimizer.state}
+        mine = {
+            name: {key: self.seams.whole(value, p) for key, value in optimizer.state[p].items()}
+            for name, p in self.pipeline.held
+            if p in optimizer.state
+        }
         found = self.pipeline.state.extras(mine, everywhere=everywhere)
         return {name: state for name, state in found.items() if state}
 

@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from paceline.terms.errors import AdoptError
 from paceline.train import tree as trees
 from paceline.train.placing import Placed
+from paceline.train.seams import Seams
 from paceline.train.stages import Staged
 from paceline.train.state import neutral
 
 
-def gather(things: trees.Things, placed: Sequence[Placed], keep: bool) -> trees.Tree:
+def gather(things: trees.Things, placed: Sequence[Placed], seams: Seams, keep: bool) -> trees.Tree:
     """The state of `things` as if nothing were split.
 
     Args:
+        seams: How parts go together.
         keep: This rank is to have the result; the others get empty tensors in its place.
     """
     staged = {p.label: p.staged for p in placed if p.staged is not None and p.staged.is_cut}
@@ -37,7 +38,16 @@ def gather(things: trees.Things, placed: Sequence[Placed], keep: bool) -> trees.
         models={label: model for label, model in things.models.items() if label not in staged},
         optimizers={key: optimizer for key, optimizer in things.optimizers.items() if owners[key] is None},
     )
-    tree: trees.Tree = _each(trees.capture(rest), keep)
+    tree = trees.capture(rest)
+    named = {name: p for p, name in things.names.items()}
+    for label, model in rest.models.items():
+        params = {neutral(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+        tree["models"][label]["state"] = seams.state(tree["models"][label]["state"], params, keep)
+    for saved in tree["optimizers"].values():
+        states = saved["state"]
+        saved["state"] = {
+            name: seams.state(kept, dict.fromkeys(kept, named[name]), keep) for name, kept in states.items()
+        }
     models = {label: stages.tree_of_model() for label, stages in staged.items()}
     optimizers = {k: o.tree_of_optimizer(things.optimizers[k]) for k, o in owners.items() if o is not None}
     tree["models"] = {label: models.get(label) or tree["models"][label] for label in things.models}
@@ -49,25 +59,19 @@ def _owner(staged: Iterable[Staged], optimizer: Optimizer) -> Staged | None:
     return next((stages for stages in staged if stages.owns(optimizer)), None)
 
 
-def _each(value: Any, keep: bool) -> Any:
-    if isinstance(value, DTensor):
-        full: Tensor = value.full_tensor().detach()
-        return full if keep else full.new_empty(0)
-    if isinstance(value, Mapping):
-        return {key: _each(each, keep) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_each(each, keep) for each in value)
-    return value
+def _of_model(model: nn.Module, seams: Seams, keep: bool) -> dict[str, Any]:
+    params = dict(model.named_parameters(remove_duplicate=False))
+    return seams.state(model.state_dict(), params, keep)
 
 
-def named(models: Mapping[str, nn.Module], placed: Sequence[Placed], keep: bool) -> dict[str, Tensor]:
+def named(models: Mapping[str, nn.Module], placed: Sequence[Placed], seams: Seams, keep: bool) -> dict[str, Tensor]:
     """Parameters and persistent buffers of all models, whole, by neutral name; nothing where they are not kept."""
     staged = {p.label: p.staged for p in placed if p.staged is not None and p.staged.is_cut}
     found: dict[str, Tensor] = {}
     for label, model in models.items():
         stages = staged.get(label)
         with torch.no_grad():
-            state = stages.model_state(everywhere=False) if stages is not None else _each(model.state_dict(), keep)
+            state = stages.model_state(everywhere=False) if stages is not None else _of_model(model, seams, keep)
         prefix = "" if len(models) == 1 else f"{label}."
         found |= {prefix + neutral(n): t.detach() for n, t in state.items() if isinstance(t, Tensor)} if keep else {}
     return found
@@ -80,7 +84,8 @@ class States:
     Putting parts together takes all ranks of a replica, so all of them make these calls, at the same place of the script.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seams: Seams) -> None:
+        self._seams = seams
         self._parts = False
         self._staged: list[Staged] = []
 
@@ -120,8 +125,8 @@ class States:
             found = staged.model_state(everywhere=True)
             state.update({prefix + name: t for name, t in found.items()})
         else:
-            for key in list(state):
-                state[key] = _each(state[key], True)
+            params = {prefix + name: p for name, p in module.named_parameters(remove_duplicate=False)}
+            state.update(self._seams.state(state, params, True))
 
     def _after_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
         if self._parts:
@@ -129,14 +134,20 @@ class States:
         stages = _owner((s for s in self._staged if s.is_cut), optimizer)
         if stages is not None:
             return stages.optimizer_state(optimizer)
-        whole: dict[str, Any] = _each(state, True)
-        return whole
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers = [n for group in state["param_groups"] for n in group["params"]]
+        named = dict(zip(numbers, params, strict=True))
+        found = {}
+        for number, kept in state["state"].items():
+            like: dict[str, Tensor] = {key: named[number] for key in kept}
+            found[number] = self._seams.state(kept, like, True)
+        return {**state, "state": found}
 
     def _before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, p in (*module.named_parameters(), *module.named_buffers()):
             given = state.get(prefix + name)
             if isinstance(p, DTensor) and isinstance(given, Tensor) and not isinstance(given, DTensor):
-                state[prefix + name] = cut_like(p, given, name)
+                state[prefix + name] = self._seams.cut(p, given, name)
 
     def _before_load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         stages = _owner((s for s in self._staged if s.is_cut), optimizer)
@@ -147,16 +158,9 @@ class States:
         for number, p in zip(numbers, params, strict=False):
             if isinstance(p, DTensor) and number in cut:
                 kept = cut[number].items()
-                cut[number] = {key: cut_like(p, v, key) if _like(p, v) else v for key, v in kept}
+                cut[number] = {key: self._seams.cut(p, v, key) if _like(p, v) else v for key, v in kept}
         return {**state, "state": cut}
 
 
 def _like(p: Tensor, value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, DTensor) and value.dim() > 0 and value.shape == p.shape
-
-
-def cut_like(p: DTensor, whole: Tensor, name: str) -> DTensor:
-    """`whole` in pieces, as `p` is. Raises AdoptError PL610 where it has another shape."""
-    if whole.shape != p.shape:
-        raise AdoptError("PL610", f"{name!r} has the shape {tuple(whole.shape)}, and {tuple(p.shape)} is held")
-    return distribute_tensor(whole.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)

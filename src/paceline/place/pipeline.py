@@ -10,6 +10,9 @@ The policy of random draws: every stage draws for every micro-batch from a strea
 stage); the script's own streams are left as they are. Batch normalisation in training sees one micro-batch at a time, and its
 running statistics belong to the stage of its module.
 
+[Note: a short batch] The first batch must have a row for each micro-batch. A later one that has fewer, the last of an epoch, is cut
+into fewer micro-batches, which run as fill and drain.
+
 [Note: the first batch] For schedules that begin a backward before all forwards are done, the first batch of each kind of loss runs
 as fill and drain, with the loss of the whole batch; the gradients of its parts are compared with it before anything is applied.
 """
@@ -91,6 +94,7 @@ class Pipeline:
         self.group, self.device, self.microbatches, self.cuts = group, device, microbatches, cuts
         self.schedule = Schedule.of(schedule, group.size(), virtual_stages)
         self._train_actions = self.schedule.train(microbatches)
+        self._trained = False
         self.post = Post(group, device)
         self._seed, self._enter, self._leave, self._agree = seed, enter, leave, agree
         self._on_begin, self._on_end, self._on_cut = on_begin, on_end, on_cut
@@ -230,7 +234,7 @@ class Pipeline:
         return "ending" if trip.batch.count > 1 and None in _row_dims(trip.whole, trip.routes[0]) else "outputs"
 
     def _defer(self, args: Any, kwargs: Any) -> Any:
-        batch = Batch.of(args, kwargs, self.microbatches, fewer=False)
+        batch = Batch.of(args, kwargs, self.microbatches, fewer=self._trained)
         whole = self._route(args, kwargs)
         trip = self._trip(batch, whole)
         trip.mode = self._mode(trip)
@@ -297,7 +301,8 @@ class Pipeline:
         record.done = True
         trip.record, trip.loss = record, loss
         kind = (loss, tuple(getattr(node.func, "__name__", "") for node in record.nodes))
-        in_parts = not self.schedule.form.whole_loss and trip.batch.count > 1
+        short = trip.batch.count < self.microbatches
+        in_parts = not self.schedule.form.whole_loss and trip.batch.count > 1 and not short
         check = in_parts and kind not in self._sums_known
         self._on_begin()
         self.unmark()
@@ -305,12 +310,14 @@ class Pipeline:
         with self._left_alone():
             if in_parts and not check:
                 trip.mode = "parts"
-            actions = self.schedule.fill_and_drain(trip.batch.count) if check else self._train_actions
+            filled = check or short
+            actions = self.schedule.fill_and_drain(trip.batch.count) if filled else self._train_actions
             work = self._run(trip, actions, gradients=True)
             fault = work.compare() if check and self._last_rank == self.post.rank else ""
         self._tell(record, trip, fault, tied)
         self._sums_known.add(kind)
         self._add_tied(tied)
+        self._trained = True
         self._on_end()
         self.mark()
 

@@ -70,6 +70,11 @@ class Placed:
     sharded: Sharded | None = None
     staged: Staged | None = None
 
+    def close(self) -> None:
+        """Nothing more is computed."""
+        if self.staged is not None:
+            self.staged.pipeline.close()
+
     def stepped(self) -> None:
         """An optimizer has stepped."""
         if self.sharded is not None:

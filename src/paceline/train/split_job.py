@@ -343,6 +343,8 @@ class SplitJob(Job):
         finally:
             if self._split is not None:
                 self._split.close()
+            for placed in self._placed:
+                placed.close()
             self._groups.close()
 
     def _put_together(self) -> None:

@@ -15,7 +15,8 @@ from tests.support.cli import run_paceline, run_python
 
 CASE = Path(__file__).parent / "train_case.py"
 RESHARD = Path(__file__).parent / "reshard_case.py"
-STEPS = "15"
+STEPS = "30" if more(True) else "8"
+SETTINGS = ("accumulate", "tokens", *more("clip", "zeros", "float32"))
 ABSOLUTE = (
     1e-9  # float64: sums in another order; seen: 1e-16 for SGD, up to 1e-10 for RMSprop, which divides by small numbers
 )
@@ -61,7 +62,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {}
     for model in dict.fromkeys(model for _, _, model in CASES):
         out[model] = tmp_path_factory.mktemp(model)
-        done = run_python(CASE, model, "--steps", STEPS, "--out", out[model], cwd=out[model], timeout=120)
+        arguments = (model, "--settings", *SETTINGS, "--steps", STEPS, "--out", out[model])
+        done = run_python(CASE, *arguments, cwd=out[model], timeout=120)
         assert done.returncode == 0, done.stderr
     return out
 
@@ -70,7 +72,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_same_as_one_process(strategy: str, n: int, model: str, expected: dict[str, Path], tmp_path: Path) -> None:
     got = tmp_path / "got"
     got.mkdir()
-    arguments = ("--strategy", strategy, "--run-dir", tmp_path / "run", "--", model, "--steps", STEPS, "--out", got)
+    arguments = ("--strategy", strategy, "--run-dir", tmp_path / "run", "--", model)
+    arguments = (*arguments, "--settings", *SETTINGS, "--steps", STEPS, "--out", got)
     done = run_paceline("run", CASE, "-n", str(n), *arguments, cwd=tmp_path, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr
     for file in sorted(expected[model].glob("*.pt")):

@@ -9,6 +9,7 @@ import pytest
 from paceline.place.pipeline_schedule import FORMS
 from peers import pipeline_case, pipeline_cases
 from support.breadth import more
+from support.parity_table import record
 from support.peers import run_peers
 from support.rendezvous import rendezvous
 
@@ -37,6 +38,7 @@ def check(size: int, *cases: dict[str, Any]) -> None:
         assert all(f["names"] and f["moved"] > 1e-3 for f in found), said
         assert all(f["stages"] == found[0]["stages"] for f in found), said
         assert any(f["absent"] for f in found), said
+        record("pipeline", case["name"], size, case["schedule"])
 
 
 def test_a_tied_gpt_on_every_schedule_and_a_perceptron() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from paceline.place.shard_units import units_of
 from peers import shard_case, shard_habits, shard_limits, shard_models
 from support.breadth import more
+from support.parity_table import record
 from support.peers import run_peers
 from support.rendezvous import rendezvous
 
@@ -57,6 +58,8 @@ WAYS = [
 def test_parameters_are_those_of_one_process(size: int, cases: list[dict[str, Any]], steps: int, wire: bool) -> None:
     for found in run(shard_case.compare, size, cases=cases, steps=steps, wire=wire):
         assert {case: worst for case, worst in found.items() if not max(worst) <= TOLERANCE} == {}
+    for case in cases:
+        record("fsdp", case["name"], size)
 
 
 # ---- habits ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from peers.tensor_case import MODELS
 from peers.tensor_uses import work
+from support.parity_table import record
 from support.peers import run_peers
 from support.rendezvous import rendezvous
 
@@ -40,6 +41,7 @@ def _check_parity(said: dict[str, Any], size: int) -> None:
             assert shown["split"] >= SPLIT[case.partition("-")[0]], (case, shown["split"])
         for reason in shown["whole"]:
             assert reason.startswith("the model returns its output"), (case, reason)
+        record("tensor", case.partition("-")[0], size)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def gathered(lines: list[str]) -> dict[str, dict[str, list[str]]]:
     schedules: dict[tuple[str, str], set[str]] = {}
     for line in lines:
         strategy, model, size, schedule = json.loads(line)
-        row = next(name for name, words in MODELS.items() if model in words)
+        row = next((name for name, words in MODELS.items() if model in words), "")
         found.setdefault((row, strategy), set()).add(size)
         schedules.setdefault((row, strategy), set()).add(schedule)
     table: dict[str, dict[str, list[str]]] = {}

@@ -9,14 +9,18 @@ from __future__ import annotations
 TYPE_CHECKING = False  # typing's own takes ten milliseconds, in which nobody would mind Ctrl-C
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
+
+    from torch import nn
 
     from paceline.exchange.chain import Exchange
     from paceline.terms.errors import PacelineError
     from paceline.train.job import Job
 
+    M = TypeVar("M", bound=nn.Module)
+
 __version__ = "0.1.0"
-__all__ = ["PacelineError", "__version__", "job", "launch"]
+__all__ = ["PacelineError", "__version__", "job", "launch", "sync_batchnorm"]
 
 
 def job(strategy: str | Exchange | None = None) -> Job:
@@ -30,6 +34,21 @@ def job(strategy: str | Exchange | None = None) -> Job:
     from paceline.launch import session
 
     return session.current().job(strategy)
+
+
+def sync_batchnorm(model: M) -> M:
+    """Let batch normalisation use the rows of all ranks: the numbers of one process on the whole batch, on any device.
+
+    Call it before ``job.adopt``; returns `model`, whose layers, names and state stay what they are. Under plain ``python`` it changes
+    nothing. Each such layer waits for all ranks, in forward and in backward. Losses must be means over rows.
+
+    Raises:
+        AdoptError: PL309, it was called after ``job.adopt``.
+        UsageError: PL212, the model is trained in a pipeline.
+    """
+    from paceline.train.batchnorm import share
+
+    return share(job(), model)
 
 
 def launch(

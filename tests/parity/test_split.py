@@ -14,6 +14,7 @@ from support.parity_table import record
 from tests.support.cli import run_paceline, run_python
 
 CASE = Path(__file__).parent / "train_case.py"
+NORM = Path(__file__).parent / "norm_case.py"
 RESHARD = Path(__file__).parent / "reshard_case.py"
 STEPS = "30" if more(True) else "8"
 SETTINGS = ("accumulate", "tokens", *more("clip", "zeros", "float32"))
@@ -112,6 +113,17 @@ def _same_file(one: Path, other: Path, bound: float) -> None:
     assert want.keys() == have.keys()
     for name, tensor in want.items():
         assert (have[name] - tensor).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize(("strategy", "n"), [("ddp", 3), ("fsdp", 2), *more(("tensor(2) * ddp", 4))])
+def test_batch_normalisation_over_all_rows(strategy: str, n: int, tmp_path: Path) -> None:
+    """``paceline.sync_batchnorm``: parameters and running statistics of one process, with fewer rows than ranks in a batch too."""
+    plain, out = tmp_path / "plain.safetensors", tmp_path / "out.safetensors"
+    done = run_python(NORM, plain, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    done = run_paceline("run", NORM, "-n", str(n), "--strategy", strategy, "--", out, cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _same_file(plain, out, ABSOLUTE)
 
 
 # ---- from one placement to another ------------------------------------------------------------------------------------

@@ -388,9 +388,9 @@ class Job:
         def gather(mine: dict[str, float]) -> list[dict[str, float]]:
             if self._wire is None:
                 return [mine]
-            payload = json.dumps(mine).encode()
             with self._activity.during(Phase.EXCHANGE, tag):
-                return [json.loads(raw) for raw in self.together(lambda wire: wire.gather_bytes(tag, payload))]
+                said = self.together(lambda wire: wire.gather_bytes(tag, json.dumps(mine).encode()))
+            return [json.loads(raw) for raw in said]
 
         return gather
 

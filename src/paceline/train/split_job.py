@@ -94,6 +94,11 @@ class SplitJob(Job):
         self._states = whole.States(self._seams)
         self._re_read()
 
+    @property
+    def layout(self) -> Mesh:
+        """Where this rank stands."""
+        return self._mesh
+
     def _lay_out(self, exchange: Exchange) -> Mesh:
         return mesh(exchange.axes, exchange.ranks, self._place.size, self._place.rank, exchange.text)
 

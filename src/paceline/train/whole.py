@@ -139,7 +139,7 @@ class States:
         named = dict(zip(numbers, params, strict=True))
         found = {}
         for number, kept in state["state"].items():
-            like: dict[str, Tensor] = {key: named[number] for key in kept}
+            like: dict[str, Tensor] = dict.fromkeys(kept, named[number])
             found[number] = self._seams.state(kept, like, True)
         return {**state, "state": found}
 

@@ -44,7 +44,7 @@ def sync_batchnorm(model: M) -> M:
 
     Raises:
         AdoptError: PL309, it was called after ``job.adopt``.
-        UsageError: PL212, the model is trained in a pipeline.
+        UsageError: PL212, the model is split by ``tensor`` or ``pipeline``.
     """
     from paceline.train.batchnorm import share
 

@@ -136,11 +136,10 @@ class States:
             return stages.optimizer_state(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         numbers = [n for group in state["param_groups"] for n in group["params"]]
-        named = dict(zip(numbers, params, strict=True))
+        named: dict[int, Tensor] = dict(zip(numbers, params, strict=True))
         found = {}
         for number, kept in state["state"].items():
-            like: dict[str, Tensor] = dict.fromkeys(kept, named[number])
-            found[number] = self._seams.state(kept, like, True)
+            found[number] = self._seams.state(kept, dict.fromkeys(kept, named[number]), True)
         return {**state, "state": found}
 
     def _before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -179,7 +179,6 @@ class Process:
             if which not in waiting:
                 self.say(worker, which)
 
-
     def send_away(self, worker: str, connection: int) -> None:
         """It has come to the wrong one of two copies that live."""
         waiting = [entry for entry in self.parked if entry[:2] == (worker, connection)]

@@ -225,4 +225,4 @@ def strategy_servers(strategy: str) -> int:
     from paceline.exchange.strategy import build
 
     service = build(strategy).service
-    return service.servers if service is not None else 0
+    return service.processes if service is not None else 0

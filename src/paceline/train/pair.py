@@ -1,0 +1,69 @@
+"""The other copy of a server, as this one sees it: a connection, and the certainty that its process has ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from paceline.group.frames import Frame
+from paceline.group.secure import Connection
+from paceline.terms.errors import PacelineError
+from paceline.train.talk import Say
+
+_STUCK = 10.0  # seconds that the other copy may take nothing
+_DYING = 1.0  # seconds from the end of a connection to the end of a process that is ending
+
+
+class Other:
+    """The other copy.
+
+    Args:
+        connection: To it.
+        pid: Of its process.
+    """
+
+    def __init__(self, connection: Connection, pid: int) -> None:
+        self.connection = connection
+        self._pidfd = -1
+        with suppress(ProcessLookupError):
+            self._pidfd = os.pidfd_open(pid)
+
+    def send(
+        self, kind: Say, meta: Mapping[str, object], buffers: Sequence[memoryview] = (), patience: float = _STUCK
+    ) -> bool:
+        """Send it something: when this returns True it will come there, though this process died. False: it is gone."""
+        try:
+            self.connection.send(kind, meta, buffers, timeout=patience)
+        except PacelineError:
+            return False
+        return True
+
+    def hear(self, timeout: float) -> Frame | None:
+        """Its next message. Raises PeerLost PL431: it is gone."""
+        return self.connection.try_recv(timeout)
+
+    def end(self) -> None:
+        """Its connection has ended, or it takes nothing: when this returns its process is no more, so it answers nobody."""
+        self.connection.close()
+        if self._pidfd < 0:
+            return
+        if not self._has_ended(_DYING):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._has_ended(None)
+        self.close()
+
+    def _has_ended(self, seconds: float | None) -> bool:
+        watch = select.poll()
+        watch.register(self._pidfd, select.POLLIN)
+        return bool(watch.poll(None if seconds is None else seconds * 1000))
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.connection.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1

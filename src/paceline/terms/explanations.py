@@ -385,6 +385,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "would be out of step with it.",
         "adopt the schedule; train in float32 or bfloat16 without a GradScaler; leave the model on the CPU; or use ddp().",
     ),
+    "PL465": Explanation(
+        "both copies of a parameter server are gone",
+        "The second process ended before a new one had the state of the first. What was applied since the last checkpoint is gone with them.",
+        "all servers begin again from the newest checkpoint where there is one (`--checkpoint every=30s`); two deaths within the seconds "
+        "that a new process takes to start are most often one cause: look at the memory of the machine.",
+    ),
     "PL501": Explanation(
         "a rank left its loop early",
         "One rank has ended its script while others wait for it in an exchange.",

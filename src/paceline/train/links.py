@@ -58,6 +58,7 @@ class Links:
         number: Which of them this is.
         secret: Of the run.
         over: Whether the run is being ended.
+        replaces: Another copy has the state, or nobody.
         begins: Called when this process begins to answer, with the version up to which the one before has kept the ledger, or None.
     """
 
@@ -70,10 +71,12 @@ class Links:
         number: int,
         secret: bytes,
         over: Callable[[], bool],
+        replaces: bool,
         begins: Callable[[int | None], None],
     ) -> None:
         self.index, self._place = number % service.servers, number // service.servers
         self._kept, self._copies, self._secret, self.over, self._begins = kept, service.copies, secret, over, begins
+        self._replaces = replaces
         self._mine = (addresses[number], *doors[number : number + 1])
         self._leads = list(addresses[:: service.servers])
         self._partner = addresses[(number + service.servers) % len(addresses)]
@@ -374,9 +377,11 @@ class Links:
     def _lose_other(self) -> None:
         """It is gone, or else it is made to be: nobody but this copy answers from now on."""
         self._cut = False
-        if self._other is not None:
+        if self._other is not None and self._server.ended:
+            self._other.close()
+        elif self._other is not None:
             self._other.end()
-            self._other = None
+        self._other = None
         link = self._links.pop(COPY, None)
         if link is not None:
             self._drop(link)

@@ -65,6 +65,7 @@ class Server:
     Attributes:
         copy: What this process is among the copies of the server.
         work: What is done about what comes.
+        ended: The run is over, and the other copy knows.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Server:
         self.work = Work(kept, service, links, lead, things, workers, version, self.afterwards)
         self._inbox: deque[tuple[str, Message]] = deque()
         self._later: deque[tuple[int, Callable[[], None], int]] = deque()
-        self._busy, self._ended = False, False
+        self._busy, self.ended = False, False
         self._heard = self.work.numbered()  # from the lead
         self._peers: dict[int, Numbered[Any]] = {}
         self._there: set[int] = set()  # of the other servers
@@ -126,7 +127,7 @@ class Server:
                 self._links.refuse(guest.name, "PL422", "the run has ended")
 
     def _done(self) -> bool:
-        if self._links.over() or self._ended:
+        if self._links.over() or self.ended:
             return True
         if self._lead is not None:
             return self.answers and self._lead.done and not self._inbox
@@ -239,7 +240,7 @@ class Server:
                     self._peers[int(meta["index"])].confirm(int(meta["number"]))
                 case Say.CLOSE:
                     self._tell_servers({"do": "close"})
-                    self._ended = True
+                    self.ended = True
                 case Say.ENTRY:
                     self._entry(meta)
                 case _ if guest is not None and not guest.gone:
@@ -263,7 +264,7 @@ class Server:
             about = {"index": self._index, "number": self._heard.heard}
             self.afterwards(partial(self._links.post, LEAD, Say.HEARD, about))
         if entry["do"] == "close":
-            self._ended = True
+            self.ended = True
         else:
             self.work.add(entry)
 

@@ -194,7 +194,7 @@ class ServedJob(Job):
         version = resumed["core"]["version"] if resumed is not None else 0
         everybody = (place.servers, place.doors, place.serves, self._secret)
         try:
-            with Links(kept, service, *everybody, lambda: activity.board.aborted, begins) as links:
+            with Links(kept, service, *everybody, lambda: activity.board.aborted, place.replaces, begins) as links:
                 things = trees.Things(
                     schedulers=trees.numbered(self._schedulers), kept=self._kept, streams=self._streams
                 )

@@ -37,7 +37,6 @@ from paceline.exchange.server_copy import (
 )
 from paceline.exchange.server_numbered import Numbered
 
-
 PATIENCE = 5.0
 
 
@@ -282,9 +281,9 @@ class World:
             raise Violation(f"{waiting} wait for ever")
         acked = sum(w.sum for w in self.workers.values())
         for process in self.pair:
-            if process is not None and process.alive and process.core.role is not Role.JOINING:
-                if process.app.total != acked:
-                    raise Violation(f"{process.app.total} was counted, {acked} was acknowledged")
+            whole = process is not None and process.alive and process.core.role is not Role.JOINING
+            if process is not None and whole and process.app.total != acked:
+                raise Violation(f"{process.app.total} was counted, {acked} was acknowledged")
 
     # -- processes
     def start(self, place: int, joins: bool) -> None:

@@ -55,7 +55,7 @@ class Hands(Protocol):
     def shard(self) -> Shard: ...
     def carry_out(self, entry: Mapping[str, Any]) -> None: ...
     def collect(self) -> list[PieceState]: ...
-    def afterwards(self, do: Callable[[], None], version: int = 0) -> None: ...
+    def afterwards(self, do: Callable[[], None], *, version: int = 0) -> None: ...
 
 
 class Lead:
@@ -309,7 +309,7 @@ class Lead:
         self._steps += sum(int(message["steps"]) for message in messages)
         for row in ranges:
             self._done.setdefault((row[0], row[1]), []).append(row)
-        self._hands.afterwards(lambda: self._ledger.commit(version, ranges, skipped=skip), version)
+        self._hands.afterwards(lambda: self._ledger.commit(version, ranges, skipped=skip), version=version)
         if self.now - self._reported > _REPORT_EVERY:
             self._reported = self.now
             self._hands.afterwards(self.report)

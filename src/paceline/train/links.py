@@ -142,7 +142,7 @@ class Links:
             elif key.data not in self._again and self._read(key.data):
                 self._again.add(key.data)
         while self._came:
-            self._again.add(self._add(self._came.popleft()))
+            self._add(self._came.popleft())
         self._tend(time.monotonic())
 
     def _tend(self, now: float) -> None:
@@ -151,6 +151,7 @@ class Links:
         for link, (until, frame) in list(self._parked.items()):
             if self._server.answers:
                 del self._parked[link]
+                self._again.add(link)
                 self._guarded(link, frame)
             elif now > until:
                 del self._parked[link]
@@ -191,6 +192,7 @@ class Links:
         self._next += 1
         self._connections[self._next] = connection
         self._selector.register(connection, selectors.EVENT_READ, self._next)
+        self._again.add(self._next)  # it may have received more than was taken
         return self._next
 
     def _bind(self, link: int, name: str) -> None:
@@ -385,7 +387,8 @@ class Links:
         link = self._links.pop(COPY, None)
         if link is not None:
             self._drop(link)
-        self._server.take(Lost())
+        if self._server.answers or not self._server.ended:
+            self._server.take(Lost())
 
     def begin(self, since: int) -> None:
         """This copy takes over. Workers must come back; those that are seen to have died need not."""

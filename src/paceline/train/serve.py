@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,22 @@ from paceline.train.work import Work
 
 Message = tuple[int, Mapping[str, Any], Sequence[memoryview], float]
 """Kind, meta, bulk, and when it came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Something that is to be done when all copies have carried out record `number`.
+
+    Attributes:
+        version: Of an update that it makes known, or 0.
+        what: A message: to whom, and its number.
+    """
+
+    number: int
+    do: Callable[[], None]
+    version: int
+    what: tuple[str, int]
+
 
 _EVERY = 64  # entries, until a server tells the lead that it has heard them
 
@@ -81,14 +98,13 @@ class Server:
         self._kept, self._index, self._lead, self._links = kept, links.index, lead, links
         self._copies = service.copies
         self.copy = Copy()
-        self.work = Work(kept, service, links, lead, things, workers, version, self.afterwards)
+        self.work = Work(kept, service, links, lead, things, workers, version, self)
         self._inbox: deque[tuple[str, Message]] = deque()
-        self._later: deque[tuple[int, Callable[[], None], int]] = deque()
+        self._later: deque[Later] = deque()
         self._busy, self.ended = False, False
         self._heard = self.work.numbered()  # from the lead
         self._peers: dict[int, Numbered[Any]] = {}
         self._there: set[int] = set()  # of the other servers
-        self._unsaid: dict[int, int] = {}  # of each: entries that wait
         self._parts: dict[str, Frame] = {}
         if lead is not None:
             self._peers = {number: self.work.numbered() for number in range(1, service.servers)}
@@ -166,24 +182,28 @@ class Server:
                 case Carry(_, source, message):
                     self._carry_out(source, message)
                 case Release(number):
-                    while self._later and self._later[0][0] <= number:
-                        self._later.popleft()[1]()
+                    while self._later and self._later[0].number <= number:
+                        self._later.popleft().do()
                 case Forget(number):
-                    while self._later and self._later[0][0] <= number:
+                    while self._later and self._later[0].number <= number:
                         self._later.popleft()
                 case Ack(number):
                     self._links.forward(Say.DONE, {"number": number})
                 case Give(number):
                     self._links.give(number, self._whole())
                 case Begin():
-                    unsaid = [version for _, _, version in self._later if version]
+                    unsaid = [later.version for later in self._later if later.version]
                     self._links.begin(min(unsaid, default=self.shard.version + 1) - 1)
                 case End():
                     raise PeerLost("PL465", f"server {self._index} has ended before its second copy had its state")
 
-    def afterwards(self, do: Callable[[], None], version: int = 0) -> None:
-        """Do this when all copies have carried out what it follows from. `version`: of an update that it makes known."""
-        self._later.append((self.copy.number, do, version))
+    def afterwards(self, do: Callable[[], None], *, version: int = 0, what: tuple[str, int] = ("", 0)) -> None:
+        """Do this when all copies have carried out what it follows from. See :class:`Later`."""
+        self._later.append(Later(self.copy.number, do, version, what))
+
+    def waits(self, what: tuple[str, int]) -> bool:
+        """It will be said, but not yet."""
+        return any(later.what == what for later in self._later)
 
     def sense(self, guest: Guest, frame: Frame) -> None:
         """Raises StepError PL462 for a message of a worker that makes none. Nothing is done yet."""
@@ -283,12 +303,8 @@ class Server:
             if self.copy.role is Role.ALONE:  # they do it while it is done here
                 self._links.post(peer(number), Say.ENTRY, said)
                 continue
-            self._unsaid[number] = self._unsaid.get(number, 0) + 1
-            self.afterwards(partial(self._tell_server, number, said))
-
-    def _tell_server(self, number: int, said: Mapping[str, Any]) -> None:
-        self._unsaid[number] -= 1
-        self._links.post(peer(number), Say.ENTRY, said)
+            say = partial(self._links.post, peer(number), Say.ENTRY, said)
+            self.afterwards(say, what=(peer(number), said["n"]))
 
     # ---- the other servers ----------------------------------------------------------------------------------------------
     def collect(self) -> list[PieceState]:
@@ -344,8 +360,9 @@ class Server:
         """
         self.hear(peer(number), Say.ENTER, {"index": number})
         again = self._peers[number].again(heard) if self._copies > 1 else []
-        for which, entry in again[: len(again) - self._unsaid.get(number, 0)]:
-            self._links.post(peer(number), Say.ENTRY, {**entry, "n": which})
+        for which, entry in again:
+            if not self.waits((peer(number), which)):
+                self._links.post(peer(number), Say.ENTRY, {**entry, "n": which})
         if self._busy and peer(number) not in self._parts:  # it was asked in vain
             self._links.post(peer(number), Say.COLLECT, {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,13 @@ Item = tuple[int, dict[str, Any], bool, Any]
 """An answer: kind, meta, whether parameters go with it, and the buffers that are to be put where the worker reads them."""
 
 
+class Order(Protocol):
+    """See ``serve.Server``."""
+
+    def afterwards(self, do: Callable[[], None], *, version: int = 0, what: tuple[str, int] = ("", 0)) -> None: ...
+    def waits(self, what: tuple[str, int]) -> bool: ...
+
+
 class Work:
     """See above.
 
@@ -37,11 +44,10 @@ class Work:
         things: What else the script has adopted, for another copy.
         workers: How many the run begins with.
         version: Of the parameters; more than 0 where they come from a checkpoint.
-        afterwards: Calls something when all copies of this server have carried out what it follows from.
+        order: Does things when all copies of this server have carried out what they follow from.
 
     Attributes:
         by_name: The workers.
-        held: Answers that wait for that: worker and number.
     """
 
     def __init__(
@@ -53,16 +59,15 @@ class Work:
         things: trees.Things,
         workers: int,
         version: int,
-        afterwards: Callable[[Callable[[], None]], None],
+        order: Order,
     ) -> None:
         self.shard = Shard(kept, links.index, service, workers)
         self.shard.version = version
         self._kept, self._service, self._index, self._lead, self._links = kept, service, links.index, lead, links
-        self._afterwards, self._things = afterwards, things
+        self._order, self._things = order, things
         self.by_name: dict[str, Guest] = {}
         self._entries: deque[Mapping[str, Any]] = deque()
         self._pulls: list[tuple[str, int]] = []
-        self.held: set[tuple[str, int]] = set()
 
     def numbered(self) -> Numbered[Any]:
         """A line, which keeps what was said where somebody may have to say it again."""
@@ -207,7 +212,7 @@ class Work:
             case "bye":
                 self._answer(guest, Say.BYE, {})
             case "refuse":
-                self._afterwards(partial(self._links.refuse, guest.name, entry["code"], entry["message"]))
+                self._order.afterwards(partial(self._links.refuse, guest.name, entry["code"], entry["message"]))
                 self.gone(guest.name, {})
 
     def _answer_pulls(self) -> None:
@@ -231,12 +236,7 @@ class Work:
         buffers = self.shard.memory.raw_buffers.clone() if later else None
         item = (int(kind), {**meta, "h": guest.line.heard}, bulk, buffers)
         number = guest.line.say(item)
-        self.held.add((guest.name, number))
-        self._afterwards(partial(self._post_first, guest, number, item))
-
-    def _post_first(self, guest: Guest, number: int, item: Item) -> None:
-        self.held.discard((guest.name, number))
-        self.post_answer(guest, number, item)
+        self._order.afterwards(partial(self.post_answer, guest, number, item), what=(guest.name, number))
 
     def post_answer(self, guest: Guest, number: int, item: Item) -> None:
         """Say it now, or again."""
@@ -254,7 +254,9 @@ class Work:
             return None
         try:
             again = [
-                (n, item) for n, item in guest.line.again(int(meta.get("heard", 0))) if (guest.name, n) not in self.held
+                (n, item)
+                for n, item in guest.line.again(int(meta.get("heard", 0)))
+                if not self._order.waits((guest.name, n))
             ]
         except ValueError:
             return None

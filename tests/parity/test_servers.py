@@ -87,10 +87,12 @@ def test_synchronous_servers_do_what_one_process_does(
     ("strategy", "arguments"),
     [
         ("ps(staleness=inf, late=dc(0.04))", ("--evaluate", "--workers", "2")),
+        ("ps(servers=2, replicas=2)", ("--norm", "--evaluate")),
         *more(("ps(servers=2, staleness=2, late=damp(inverse))", ("--accumulate", "2"))),
         *more(
             ("hogwild()", ()),
-            ("ps()", ()),
+            ("ps()", ("--norm",)),
+            ("ps(staleness=inf, late=dc(memory=0.95), replicas=2)", ("--norm",)),
             ("ps(staleness=1, late=dc(memory=0.95))", ()),
             ("ps(staleness=inf, late=damp(hinge))", ()),
         ),

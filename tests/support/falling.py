@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from support.cli import CLI, dump_and_kill
@@ -57,17 +58,28 @@ class Counting:
         """All that it has printed."""
         return (self.where / "said.txt").read_text()
 
+    def each(self) -> dict[str, int]:
+        """Pushes that were acknowledged so far, by worker."""
+        found = {file.stem: file.read_text() for file in self.where.glob("*.pushes")}
+        return {worker: int(text) for worker, text in found.items() if text}
+
     def pushes(self) -> int:
-        """That were acknowledged so far."""
-        files = self.where.glob("*.pushes")
-        return sum(int(text) for text in (file.read_text() for file in files) if text)
+        """Of all workers."""
+        return sum(self.each().values())
 
     def wait(self, pushes: int, seconds: float = 60.0) -> None:
         """Until so many were acknowledged."""
+        self._until(lambda: self.pushes() >= pushes, seconds, f"{pushes} pushes")
+
+    def wait_each(self, pushes: Mapping[str, int], seconds: float = 60.0) -> None:
+        """Until each of these workers has so many."""
+        self._until(lambda: all(self.each().get(w, 0) >= n for w, n in pushes.items()), seconds, f"{pushes} pushes")
+
+    def _until(self, true: Callable[[], bool], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
-        while self.pushes() < pushes:
-            assert self.process.poll() is None, f"the run ended before that: {self.said}"
-            assert time.monotonic() < deadline, f"{self.pushes()} of {pushes} pushes after {seconds} s: {self.said}"
+        while not true():
+            assert self.process.poll() is None, f"the run ended before {what}: {self.said}"
+            assert time.monotonic() < deadline, f"no {what} after {seconds} s, {self.each()}: {self.said}"
             time.sleep(0.002)
 
     def serving(self, name: str) -> int:
@@ -77,11 +89,7 @@ class Counting:
 
     def complete(self, name: str, seconds: float = 60.0) -> None:
         """Wait until the last process of a server that was killed is replaced."""
-        deadline = time.monotonic() + seconds
-        while self.serving(name) <= self.killed.count(name):
-            assert self.process.poll() is None, f"the run ended before that: {self.said}"
-            assert time.monotonic() < deadline, f"{name} was not replaced within {seconds} s: {self.said}"
-            time.sleep(0.005)
+        self._until(lambda: self.serving(name) > self.killed.count(name), seconds, f"new process of {name}")
 
     def kill(self, name: str) -> None:
         """SIGKILL."""

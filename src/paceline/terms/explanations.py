@@ -391,6 +391,13 @@ EXPLANATIONS: dict[str, Explanation] = {
         "all servers begin again from the newest checkpoint where there is one (`--checkpoint every=30s`); two deaths within the seconds "
         "that a new process takes to start are most often one cause: look at the memory of the machine.",
     ),
+    "PL466": Explanation(
+        "two copies of a parameter server came to different parameters",
+        "Both are told the same in the same order, and step the script's own optimizer. Its steps depend on something else: random numbers, "
+        "a clock, or the memory that it was given; or a bit has flipped. The first copy's parameters are those of the run, and a new second "
+        "one is made from them.",
+        "if it comes again and again, leave `replicas` out and save often (`--checkpoint every=30s`), or make the optimizer deterministic.",
+    ),
     "PL501": Explanation(
         "a rank left its loop early",
         "One rank has ended its script while others wait for it in an exchange.",

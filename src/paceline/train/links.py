@@ -20,10 +20,10 @@ from paceline.exchange.server_copy import Acked, Asked, Copy, Given, Lost, Recor
 from paceline.exchange.service import Service
 from paceline.group.frames import Frame, Place
 from paceline.group.secure import Connection, Listener, connect
-from paceline.terms.errors import Aborted, AdoptError, PacelineError, PeerLost, StepError
+from paceline.terms.errors import Aborted, AdoptError, PacelineError, StepError
 from paceline.train.keeping import Kept
 from paceline.train.memory import Memory
-from paceline.train.pair import Other
+from paceline.train.pair import Other, ask_for_state
 from paceline.train.reach import PATIENCE, SOON, reach
 from paceline.train.talk import CAPS, Say
 from paceline.train.whole import pack, unpack
@@ -40,6 +40,7 @@ _HANDLE = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 _AT_ONCE = 64  # messages of one connection before the others have their turn
 _PARKED = 0.2  # seconds that strangers wait at a copy that does not answer
 _RETURN = 30.0  # seconds that workers of other machines have to come back to a copy that took over
+_HERE, _STILL = 1.0, 30.0  # seconds between two signs of life, and after which a copy is given up
 _LAST = 2.0  # seconds that the last words of a server may take
 
 
@@ -59,6 +60,7 @@ class Links:
         secret: Of the run.
         over: Whether the run is being ended.
         replaces: Another copy has the state, or nobody.
+        notice: Tells a code and a message to whoever watches the run.
         begins: Called when this process begins to answer, with the version up to which the one before has kept the ledger, or None.
     """
 
@@ -73,10 +75,11 @@ class Links:
         over: Callable[[], bool],
         replaces: bool,
         begins: Callable[[int | None], None],
+        notice: Callable[[str, str], None],
     ) -> None:
         self.index, self._place = number % service.servers, number // service.servers
         self._kept, self._copies, self._secret, self.over, self._begins = kept, service.copies, secret, over, begins
-        self._replaces = replaces
+        self._replaces, self._notice = replaces, notice
         self._mine = (addresses[number], *doors[number : number + 1])
         self._leads = list(addresses[:: service.servers])
         self._partner = addresses[(number + service.servers) % len(addresses)]
@@ -92,6 +95,7 @@ class Links:
         self._other: Other | None = None
         self._cut = False
         self._lead_at = 0.0  # when to look for it next
+        self._moved = self._told = 0.0  # when the other copy was heard last, and was told something
 
     def __enter__(self) -> Links:
         with ExitStack() as stack:
@@ -146,6 +150,7 @@ class Links:
         self._tend(time.monotonic())
 
     def _tend(self, now: float) -> None:
+        self._watch(now)
         if self._cut:
             self._lose_other()
         for link, (until, frame) in list(self._parked.items()):
@@ -169,6 +174,17 @@ class Links:
         if self.index and self._copies > 1 and now > self._lead_at and LEAD not in self._links:
             self._lead_at = now + SOON
             self._find_lead()
+
+    def _watch(self, now: float) -> None:
+        """A copy that stands still holds everybody up: it is given up, and ended."""
+        role, copy = self._server.copy.role, self._server.copy
+        if role is Role.FIRST:
+            if copy.released == copy.number:
+                self._moved = max(self._moved, now)
+            if now - self._told > _HERE:
+                self._told = now
+                self.forward(Say.HERE, {})
+        self._cut |= role in (Role.FIRST, Role.SECOND) and now - self._moved > _STILL
 
     def _find_lead(self) -> None:
         """Whichever copy of it answers. At first the second copy of this server must be there."""
@@ -280,7 +296,7 @@ class Links:
                     self._drop(link)
                     return
                 self._bind(link, name)
-                go_on()
+                server.when_known(go_on)
             case Say.ENTER if server.leads:
                 index, version = int(meta["index"]), int(meta["version"])
                 self._check_same(str(meta["is"]), f"server {index}")
@@ -302,7 +318,7 @@ class Links:
         go_on = server.work.come_back({"name": name, "id": str(meta["id"])})
         if go_on is not None:  # the copy that it was attached to has died before it could say so
             self._bind(link, name)
-            go_on()
+            server.when_known(go_on)
             return
         guest = server.work.by_name.get(name)
         if name in self._links or (guest is not None and not guest.gone):
@@ -328,21 +344,11 @@ class Links:
                 raise
             return False
         self._server.copy = Copy(joins=True)
-        about = {"pid": os.getpid(), "is": self._kept.description}
-        try:
-            connection.send(Say.COPY, about)
-            while (frame := connection.try_recv(BEAT)) is None:
-                self.check()
-        except PeerLost as error:
-            connection.close()
-            message = f"server {self.index} has ended before its second copy had its state"
-            raise PeerLost("PL465", message) from error
-        if frame.kind != Say.WHOLE:
-            connection.close()
-            raise AdoptError("PL303", f"server {self.index} refuses its second copy: {frame.meta.get('message')}")
+        frame = ask_for_state(connection, self._kept.description, f"server {self.index}", self.check)
         self._server.take_over(unpack(frame.buffers))
         self._other = Other(connection, int(frame.meta["pid"]))
         self._bind(self._add(connection), COPY)
+        self._moved = time.monotonic()
         self._server.take(Given(int(frame.meta["number"])))
         return True
 
@@ -358,6 +364,7 @@ class Links:
         self._other = Other(connection, pid)
         about = {"number": number, "pid": os.getpid()}
         self._cut = not self._other.send(Say.WHOLE, about, pack(tree), PATIENCE)
+        self._moved = time.monotonic() + PATIENCE
         self._server.hear("", Say.COPIED, {})
 
     def forward(self, kind: Say, meta: Mapping[str, Any], buffers: Sequence[memoryview] = ()) -> None:
@@ -367,14 +374,26 @@ class Links:
 
     def _hear_copy(self, frame: Frame) -> None:
         meta = frame.meta
+        self._moved = time.monotonic()
         match frame.kind:
+            case Say.HERE:
+                return
             case Say.DONE:
+                self._compare(int(meta["mark"][0]), int(meta["mark"][1]))
                 self._server.take(Acked(int(meta["number"])))
             case Say.RECORD:
                 message = int(meta["kind"]), meta["meta"], frame.buffers, float(meta["now"])
                 self._server.take(Record(int(meta["number"]), str(meta["source"]), message, int(meta["released"])))
             case _:
                 raise ValueError("the other copy does not say that")
+
+    def _compare(self, version: int, theirs: int) -> None:
+        """The other copy's parameters at a version must be those of this one: else it is replaced by one that has them."""
+        mine = self._server.shard.mark
+        if version and version == mine[0] and theirs != mine[1]:
+            self._cut = True
+            message = f"the copies of server {self.index} had different parameters at update {version}; the second one is replaced"
+            self._notice("PL466", message)
 
     def _lose_other(self) -> None:
         """It is gone, or else it is made to be: nobody but this copy answers from now on."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from paceline.group.frames import Frame
 from paceline.group.secure import Connection
-from paceline.terms.errors import PacelineError
+from paceline.terms.errors import AdoptError, PacelineError, PeerLost
 from paceline.train.talk import Say
 
+_SLICE = 0.1  # seconds between two looks at the board
 _STUCK = 10.0  # seconds that the other copy may take nothing
 _DYING = 1.0  # seconds from the end of a connection to the end of a process that is ending
 
@@ -67,3 +68,30 @@ class Other:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def ask_for_state(connection: Connection, description: str, who: str, check: Callable[[], None]) -> Frame:
+    """What the copy at the other end knows.
+
+    Args:
+        description: Of what this one has, see ``keeping.described``.
+        who: The server, for people.
+        check: Called again and again while this waits; what it raises ends the waiting.
+
+    Raises:
+        PeerLost: PL465, it has ended before it had told it.
+        AdoptError: PL303, it has something else.
+    """
+    try:
+        connection.send(Say.COPY, {"pid": os.getpid(), "is": description})
+        while (frame := connection.try_recv(_SLICE)) is None:
+            check()
+    except PacelineError as error:
+        connection.close()
+        if isinstance(error, PeerLost):
+            raise PeerLost("PL465", f"{who} has ended before its second copy had its state") from error
+        raise
+    if frame.kind != Say.WHOLE:
+        connection.close()
+        raise AdoptError("PL303", f"{who} refuses its second copy: {frame.meta.get('message')}")
+    return frame

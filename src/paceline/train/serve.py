@@ -181,14 +181,14 @@ class Server:
                     self._links.forward(Say.RECORD, {**about, "kind": kind, "now": now, "meta": meta}, buffers)
                 case Carry(_, source, message):
                     self._carry_out(source, message)
-                case Release(number):
-                    while self._later and self._later[0].number <= number:
-                        self._later.popleft().do()
+                    self._release()
+                case Release():
+                    self._release()
                 case Forget(number):
                     while self._later and self._later[0].number <= number:
                         self._later.popleft()
                 case Ack(number):
-                    self._links.forward(Say.DONE, {"number": number})
+                    self._links.forward(Say.DONE, {"number": number, "mark": self.work.shard.mark})
                 case Give(number):
                     self._links.give(number, self._whole())
                 case Begin():
@@ -197,6 +197,12 @@ class Server:
                 case End():
                     raise PeerLost("PL465", f"server {self._index} has ended before its second copy had its state")
 
+    def _release(self) -> None:
+        """Do what waited. What follows from the record that is being carried out is not complete yet."""
+        most = self.copy.released - (self._busy and self.copy.released == self.copy.number)
+        while self._later and self._later[0].number <= most:
+            self._later.popleft().do()
+
     def afterwards(self, do: Callable[[], None], *, version: int = 0, what: tuple[str, int] = ("", 0)) -> None:
         """Do this when all copies have carried out what it follows from. See :class:`Later`."""
         self._later.append(Later(self.copy.number, do, version, what))
@@ -204,6 +210,13 @@ class Server:
     def waits(self, what: tuple[str, int]) -> bool:
         """It will be said, but not yet."""
         return any(later.what == what for later in self._later)
+
+    def when_known(self, do: Callable[[], None]) -> None:
+        """Do this when the other copy, if there is one, knows all that this one does."""
+        if self.copy.released < self.copy.number:
+            self.afterwards(do)
+        else:
+            do()
 
     def sense(self, guest: Guest, frame: Frame) -> None:
         """Raises StepError PL462 for a message of a worker that makes none. Nothing is done yet."""

@@ -189,12 +189,17 @@ class ServedJob(Job):
                 said = f"{place.name} has taken over from its other copy, after update {server.shard.version}"
                 self._sink(Event("notice", server.shard.version, {"message": said}))
 
+        def notice(code: str, message: str) -> None:
+            self._sink(Event("notice", server.shard.version, {"code": code, "message": message}))
+
         torch.set_num_threads(place.plan.threads)
         activity.enter(Phase.WAIT, "workers")
         version = resumed["core"]["version"] if resumed is not None else 0
         everybody = (place.servers, place.doors, place.serves, self._secret)
         try:
-            with Links(kept, service, *everybody, lambda: activity.board.aborted, place.replaces, begins) as links:
+            with Links(
+                kept, service, *everybody, lambda: activity.board.aborted, place.replaces, begins, notice
+            ) as links:
                 things = trees.Things(
                     schedulers=trees.numbered(self._schedulers), kept=self._kept, streams=self._streams
                 )

@@ -9,6 +9,7 @@ DC-ASGD (Zheng et al., ICML 2017, arXiv 1609.08326): a gradient g that was compu
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,9 @@ from paceline.train.keeping import Kept, hypers, set_hypers
 from paceline.train.memory import Memory, views
 from paceline.train.rows import Touched, dense_rows, sparse_sum
 from paceline.train.served_state import PieceState, cut_state, pieces_of
+
+MARKED = 256
+"""Updates from one comparison of two copies to the next."""
 
 _OCCASIONS = 256  # of a schedule that are remembered
 _SQUARE = "delay_square"
@@ -121,6 +125,7 @@ class Shard:
             for optimizer in kept.optimizers
         ]
         self._pieces = [self._own(optimizer) for optimizer in kept.optimizers]
+        self.mark = [0, 0]
 
     def _own(self, optimizer: torch.optim.Optimizer) -> list[_Piece]:
         """Give the optimizer this server's pieces. Whole parameters stay the objects that they are."""
@@ -204,6 +209,16 @@ class Shard:
                 elif self._service.outer is not None:
                     self._outer_step(counted)
                 self._mix_buffers(counted)
+        if self._service.copies > 1 and version % MARKED == 0:
+            self.mark = [version, self._checksum()]
+
+    def _checksum(self) -> int:
+        """Of this server's parameters: two copies have come to the same bits."""
+        found = 0
+        for begin, end in self.kept.layout.runs(self.index):
+            array: Any = self.memory.raw_params[begin:end].numpy()
+            found = zlib.crc32(array, found)
+        return found
 
     def _heed(self, message: Mapping[str, Any]) -> None:
         """A worker's script has changed settings of an optimizer: they are settings of this one from now on."""
@@ -337,6 +352,7 @@ class Shard:
         return {
             "version": self.version,
             "stamp": self.stamp,
+            "mark": self.mark,
             "scheduled": self.scheduled,
             "params": self.memory.raw_params,
             "buffers": self.memory.raw_buffers,
@@ -355,7 +371,7 @@ class Shard:
     def take_over(self, whole: Mapping[str, Any]) -> None:
         """Be as the copy that has told this."""
         self.version, self.stamp, self.scheduled = whole["version"], whole["stamp"], whole["scheduled"]
-        self._aside = whole["aside"]
+        self._aside, self.mark = whole["aside"], whole["mark"]
         self._touched.versions.update(whole["touched"])
         with torch.no_grad():
             self.memory.raw_params.copy_(whole["params"])

@@ -72,6 +72,7 @@ class Servers:
         self._last_words: dict[str, str] = {}
         self._faults: dict[str, str] = {}
         self._copies, self._restarts, self._replaced = copies, 0, 0
+        self._empty: set[str] = set()  # copies that have not said that they have their state
         self._somebody_finished = False
         self.lost = ""
 
@@ -98,6 +99,7 @@ class Servers:
         """Start them all."""
         for number in range(len(self.addresses)):
             self.children.append(self._start(number, False, False))
+        self._empty_second_copies()
 
     def open(
         self,
@@ -158,8 +160,12 @@ class Servers:
             if report["kind"] == "fault":
                 message = (str(report.get("message", "")).splitlines() or [""])[0]
                 self._faults[child.name] = f"{report.get('code') or report.get('type')}: {message}"
-            elif report["kind"] == "notice":
+            elif report["kind"] == "notice" and "copy" not in report:
                 self._say([f"{child.name}: {report.get('message')}"])
+            elif report["kind"] == "notice":
+                self._empty.discard(child.name)
+                if self._replaced:
+                    self._say([str(report["message"])])
         if count == 0:
             self._selector.unregister(child.report_fd)
         return count
@@ -204,17 +210,25 @@ class Servers:
             other = self._start(number, True, False)
             self.children.append(other)
             self._listen_to(other)
+        self._empty_second_copies()
         self._enlist()
 
+    def _empty_second_copies(self) -> None:
+        self._empty = {child.name for child in self.children[len(self.children) // self._copies :]}
+
     def _copy_of(self, number: int) -> Child | None:
-        """The other copy of a server, if there is one and it lives."""
+        """The other copy of a server, if there is one, and it lives, and has its state."""
         half = len(self.addresses) // self._copies
         other = self.children[(number + half) % len(self.children)] if self._copies > 1 else None
-        return other if other is not None and not _has_ended(other) else None
+        while other is not None and other.status is None and self._on_reports(other) > 0:
+            pass
+        whole = other is not None and other.name not in self._empty and not _has_ended(other)
+        return other if whole else None
 
     def _replace(self, number: int) -> None:
         """Start a process that gets its state from the copy that is left."""
         child = self.children[number] = self._start(number, False, True)
+        self._empty.add(child.name)
         self._listen_to(child)
         self._enlist()
 

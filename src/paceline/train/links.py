@@ -12,7 +12,7 @@ import re
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from paceline.group.secure import Connection, Listener, connect
 from paceline.terms.errors import Aborted, AdoptError, PacelineError, StepError
 from paceline.train.keeping import Kept
 from paceline.train.memory import Memory
-from paceline.train.pair import Other, ask_for_state
+from paceline.train.pair import Other, Tell, ask_for_state
 from paceline.train.reach import PATIENCE, SOON, reach
 from paceline.train.talk import CAPS, Say
 from paceline.train.whole import pack, unpack
@@ -58,10 +58,8 @@ class Links:
         addresses, doors: Of all processes, for workers of this machine and of others: first copies, then second ones.
         number: Which of them this is.
         secret: Of the run.
-        over: Whether the run is being ended.
         replaces: Another copy has the state, or nobody.
-        notice: Tells a code and a message to whoever watches the run.
-        begins: Called when this process begins to answer, with the version up to which the one before has kept the ledger, or None.
+        tell: What others must know.
     """
 
     def __init__(
@@ -72,14 +70,12 @@ class Links:
         doors: Sequence[str],
         number: int,
         secret: bytes,
-        over: Callable[[], bool],
         replaces: bool,
-        begins: Callable[[int | None], None],
-        notice: Callable[[str, str], None],
+        tell: Tell,
     ) -> None:
         self.index, self._place = number % service.servers, number // service.servers
-        self._kept, self._copies, self._secret, self.over, self._begins = kept, service.copies, secret, over, begins
-        self._replaces, self._notice = replaces, notice
+        self._kept, self._copies, self._secret, self._tell = kept, service.copies, secret, tell
+        self._replaces, self.over = replaces, tell.over
         self._mine = (addresses[number], *doors[number : number + 1])
         self._leads = list(addresses[:: service.servers])
         self._partner = addresses[(number + service.servers) % len(addresses)]
@@ -124,7 +120,7 @@ class Links:
         for address in self._mine:
             self._stack.enter_context(Listener(address, self._secret, "server", self._welcome, caps=CAPS))
         if not joined:
-            self._begins(None)
+            self._tell.begins(None)
 
     def check(self) -> None:
         """Raises Aborted PL404: the run is being ended."""
@@ -349,6 +345,7 @@ class Links:
         self._other = Other(connection, int(frame.meta["pid"]))
         self._bind(self._add(connection), COPY)
         self._moved = time.monotonic()
+        self._tell.joined()
         self._server.take(Given(int(frame.meta["number"])))
         return True
 
@@ -393,7 +390,7 @@ class Links:
         if version and version == mine[0] and theirs != mine[1]:
             self._cut = True
             message = f"the copies of server {self.index} had different parameters at update {version}; the second one is replaced"
-            self._notice("PL466", message)
+            self._tell.notice("PL466", message)
 
     def _lose_other(self) -> None:
         """It is gone, or else it is made to be: nobody but this copy answers from now on."""
@@ -413,7 +410,7 @@ class Links:
         """This copy takes over. Workers must come back; those that are seen to have died need not."""
         until = time.monotonic() + _RETURN
         self._missing = {guest.name: until for guest in self._server.work.by_name.values() if not guest.gone}
-        self._begins(since)
+        self._tell.begins(since)
 
     # ---- what is said -------------------------------------------------------------------------------------------------
     def has(self, name: str) -> bool:

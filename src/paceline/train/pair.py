@@ -7,6 +7,7 @@ import select
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from paceline.group.frames import Frame
 from paceline.group.secure import Connection
@@ -16,6 +17,23 @@ from paceline.train.talk import Say
 _SLICE = 0.1  # seconds between two looks at the board
 _STUCK = 10.0  # seconds that the other copy may take nothing
 _DYING = 1.0  # seconds from the end of a connection to the end of a process that is ending
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """What others must know, and what they tell.
+
+    Attributes:
+        begins: This process begins to answer; the one before has kept the ledger up to this version, if there was one.
+        joined: This process has the state of its other copy.
+        notice: A code and a message for whoever watches the run.
+        over: Whether the run is being ended.
+    """
+
+    begins: Callable[[int | None], None]
+    joined: Callable[[], None]
+    notice: Callable[[str, str], None]
+    over: Callable[[], bool]
 
 
 class Other:

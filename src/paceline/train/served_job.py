@@ -40,6 +40,7 @@ from paceline.train.lead import Lead
 from paceline.train.ledger import Ledger
 from paceline.train.links import Links
 from paceline.train.loaders import Loaders
+from paceline.train.pair import Tell
 from paceline.train.reach import refuse
 from paceline.train.resume import Resume, choose
 from paceline.train.serve import Server
@@ -189,17 +190,20 @@ class ServedJob(Job):
                 said = f"{place.name} has taken over from its other copy, after update {server.shard.version}"
                 self._sink(Event("notice", server.shard.version, {"message": said}))
 
+        def joined() -> None:
+            said = f"{place.name} has the state of its other copy, and can take over"
+            self._sink(Event("notice", server.shard.version, {"message": said, "copy": True}))
+
         def notice(code: str, message: str) -> None:
             self._sink(Event("notice", server.shard.version, {"code": code, "message": message}))
 
+        tell = Tell(begins, joined, notice, lambda: activity.board.aborted)
         torch.set_num_threads(place.plan.threads)
         activity.enter(Phase.WAIT, "workers")
         version = resumed["core"]["version"] if resumed is not None else 0
         everybody = (place.servers, place.doors, place.serves, self._secret)
         try:
-            with Links(
-                kept, service, *everybody, lambda: activity.board.aborted, place.replaces, begins, notice
-            ) as links:
+            with Links(kept, service, *everybody, place.replaces, tell) as links:
                 things = trees.Things(
                     schedulers=trees.numbered(self._schedulers), kept=self._kept, streams=self._streams
                 )

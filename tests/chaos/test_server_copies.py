@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity.test_servers import ABSOLUTE, disturbed, furthest, plain
+from paceline.group.secure import Listener, connect
+from paceline.terms.errors import PeerLost
+from paceline.train.pair import ask_for_state
+from paceline.train.talk import CAPS
+from parity.test_servers import ABSOLUTE, disturbed, events, furthest, plain
 from support.breadth import more
+from support.cli import run_paceline, show
 from support.falling import Counting
 
 
@@ -34,3 +39,31 @@ def test_a_killed_copy_changes_nothing(victim: str, tmp_path: Path) -> None:
     assert f"{victim} was killed by SIGKILL" in said
     assert "started again" not in said
     assert furthest(want, torch.load(tmp_path / "served.pt")) <= ABSOLUTE
+
+
+def test_when_both_copies_die_all_begin_again_from_the_checkpoint(tmp_path: Path) -> None:
+    """The second one falls while the new copy of the first is starting."""
+    want = plain(tmp_path, "--epochs", "8")
+    said, _ = disturbed(tmp_path, "ps(replicas=2)", "server-0", 20, "--checkpoint", "every=5", also="server-1")
+    assert "server-0 was killed by SIGKILL; server-1 goes on" in said
+    assert "server-1 was killed by SIGKILL; servers are started again from the newest checkpoint" in said
+    assert furthest(want, torch.load(tmp_path / "served.pt")) <= ABSOLUTE
+
+
+def test_a_copy_that_cannot_get_the_state_ends() -> None:
+    secret = b"s" * 32
+    with Listener("unix:@paceline-copies", secret, "server", lambda connection: connection.close(), caps=CAPS):
+        connection = connect("unix:@paceline-copies", secret, "server", caps=CAPS)
+        with pytest.raises(PeerLost) as raised:
+            ask_for_state(connection, "what it has", "server 0", lambda: None)
+    assert raised.value.code == "PL465"
+
+
+def test_copies_that_come_apart_are_found(tmp_path: Path) -> None:
+    """After 256 updates; the run goes on with the first one's parameters."""
+    flags = ("-n", "1", "--strategy", "ps(staleness=inf, replicas=2)", "--run-dir", tmp_path / "run")
+    done = run_paceline("run", Path(__file__).with_name("uneven_case.py"), *flags, cwd=tmp_path, timeout=90)
+    assert done.returncode == 0, show(done)
+    assert "had different parameters at update 256" in done.stdout, show(done)
+    notices = events(tmp_path / "run", "server-0", "notice")
+    assert "PL466" in [notice.get("code") for notice in notices]

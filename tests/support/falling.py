@@ -23,14 +23,15 @@ class Counting:
         where: For everything.
         strategy: With servers.
         workers: How many.
+        more: Flags.
 
     Attributes:
         killed: What was killed, in order.
     """
 
-    def __init__(self, where: Path, strategy: str, workers: int) -> None:
+    def __init__(self, where: Path, strategy: str, workers: int, *more: str) -> None:
         self.where, self.run = where, where / "run"
-        flags = ("-n", str(workers), "--strategy", strategy, "--run-dir", str(self.run))
+        flags = ("-n", str(workers), "--strategy", strategy, "--run-dir", str(self.run), *more)
         self._command = (*CLI, "run", str(CASE), *flags, "--", str(where))
         self._workers = workers
         self.killed: list[str] = []

@@ -365,8 +365,9 @@ EXPLANATIONS: dict[str, Explanation] = {
     "PL460": Explanation(
         "a parameter server is gone",
         "The process that kept (a part of) the parameters has ended, or cannot be reached. What it had applied since the last checkpoint "
-        "is lost with it.",
-        "`paceline run ... --resume auto` goes on from the newest checkpoint; save more often with `--checkpoint every=30s`.",
+        "is lost with it, unless there are two copies of each server.",
+        "`paceline run ... --resume auto` goes on from the newest checkpoint; save more often with `--checkpoint every=30s`, or survive it "
+        "with `ps(replicas=2)`.",
     ),
     "PL461": Explanation(
         "job.weight cannot be used here",

@@ -23,6 +23,7 @@ from paceline.exchange.server import (
     Leave,
     Meet,
     Met,
+    Opened,
     Over,
     Piece,
     Refuse,
@@ -175,6 +176,9 @@ class Lead:
                 place = int(meta["loader"]), int(meta["epoch"])
                 order = int(meta["batches"]), int(meta["rows"]), int(meta["order"])
                 return partial(self._over, name, place, order)
+            case Say.OPENED:
+                opened = Opened(name, int(meta["loader"]), int(meta["epoch"]), int(meta["batches"]))
+                return partial(self._take, opened)
             case Say.PASS:
                 place = int(meta["loader"]), int(meta["epoch"])
                 return partial(self._begins, name, place, str(meta["origin"]), fresh=bool(meta["fresh"]))

@@ -83,6 +83,9 @@ class Served:
         self._summed = False
         self._passes: dict[int, int] = {}
         self._origins: dict[tuple[int, int], str] = {}  # of passes that may be open
+        self._opened: dict[tuple[int, int], int] = {}  # of the same: so many batches
+        self._length: dict[int, tuple[int, int, int]] = {}  # of the pass that a loader is in
+        self._ended: dict[tuple[int, int], tuple[int, int, int]] = {}  # of passes that this worker is through with
         self._seq = self.version = self.staleness = 0
         self._in_pass, self._fresh = False, True
         self._place_now = (0, 1)
@@ -153,9 +156,19 @@ class Served:
                 self._connect()
                 for (loader, epoch), origin in self._origins.items():
                     self._origin(loader, epoch, origin)
+                    self._tell_opened(loader, epoch)
                 return
             except PeerLost:  # these have died as well
                 continue
+
+    def _tell_opened(self, loader: int, epoch: int) -> None:
+        """How far a pass had come: what the checkpoint does not know is trained again, also of a pass that this worker is past."""
+        place = {"loader": loader, "epoch": epoch}
+        ended = self._ended.get((loader, epoch))
+        batches = ended[0] if ended is not None else self._opened.get((loader, epoch), 0)
+        self._send(self._lead, Say.OPENED, {**place, "batches": batches})
+        if ended is not None:
+            self._send(self._lead, Say.OVER, {**place, "batches": batches, "rows": ended[1], "order": ended[2]})
 
     def _check(self) -> None:
         if self._activity.board.aborted:
@@ -177,11 +190,18 @@ class Served:
 
         with self._activity.during(Phase.WAIT, "a batch"):
             granted = self._lasting(ask)
-        return None if granted is None else Piece(*granted)
+        if granted is None:
+            return None
+        piece = Piece(*granted)
+        place = piece.loader, piece.epoch
+        if piece.parts:
+            self._opened[place] = max(self._opened.get(place, 0), piece.batch + 1)
+        return piece
 
     def over(self, loader: int, epoch: int, batches: int, rows: int, order: int) -> None:
         """See ``data.leased.Leases``."""
         meta = {"loader": loader, "epoch": epoch, "batches": batches, "rows": rows, "order": order}
+        self._opened[loader, epoch] = batches
         self._lasting(lambda: self._send(self._lead, Say.OVER, meta))
 
     def begins(self, loader: int, origin: str) -> tuple[int, str]:
@@ -193,12 +213,13 @@ class Served:
         first = self._lasting(lambda: self._origin(loader, number, origin))
         self._origins[loader, number] = first
         while len(self._origins) > _ORIGINS:
-            del self._origins[next(iter(self._origins))]
+            for known in (self._opened, self._ended, self._origins):
+                known.pop(next(iter(self._origins)), None)
         return number, first
 
-    def drawn(self, loader: int, after: str) -> None:
+    def drawn(self, loader: int, after: str, length: tuple[int, int, int]) -> None:
         """See ``data.leased.Leases``."""
-        self._fresh = False
+        self._fresh, self._length[loader] = False, length
         self._lasting(lambda: self._send(self._lead, Say.DRAWN, {"loader": loader, "after": after}))
 
     def origin(self, loader: int, epoch: int) -> str:
@@ -214,6 +235,8 @@ class Served:
         """See ``data.leased.Leases``."""
         self._flush()
         self._in_pass = False
+        if loader in self._length:
+            self._ended[loader, self._passes[loader]] = self._length[loader]
 
     def _flush(self) -> None:
         """Push the steps that were taken since the last push: a round never goes beyond a pass."""

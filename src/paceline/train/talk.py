@@ -44,6 +44,7 @@ class Say(IntEnum):
     WHOLE = 29  # here it is
     RECORD = 30  # first copy: this is what came
     DONE = 31  # second copy: it is carried out
+    OPENED = 37  # worker, to the lead: before you began again this pass had come so far
     HERE = 36  # first copy, now and then: I am here
     GONE = 32  # never sent: a worker is gone
     TICK = 33  # never sent: time has passed

@@ -192,7 +192,10 @@ class Servers:
         number = self.children.index(child)
         copied = self._copy_of(number)
         how = f"{child.name} {self._how(child)}"
-        if copied is not None and child.status < 0 and self._replaced < _REPLACED:
+        if copied is not None and child.status > 0:  # another process would fail as well
+            self._say([f"{how}; {copied.name} goes on alone"])
+            return
+        if copied is not None and self._replaced < _REPLACED:
             self._replaced += 1
             self._say([f"{how}; {copied.name} goes on with all that was acknowledged, and gets a new copy"])
             self._replace(number)
@@ -220,10 +223,11 @@ class Servers:
         """The other copy of a server, if there is one, and it lives, and has its state."""
         half = len(self.addresses) // self._copies
         other = self.children[(number + half) % len(self.children)] if self._copies > 1 else None
-        while other is not None and other.status is None and self._on_reports(other) > 0:
+        if other is None or other.status is not None or _has_ended(other):
+            return None
+        while other.report_fd in self._selector.get_map() and self._on_reports(other) > 0:
             pass
-        whole = other is not None and other.name not in self._empty and not _has_ended(other)
-        return other if whole else None
+        return None if other.name in self._empty else other
 
     def _replace(self, number: int) -> None:
         """Start a process that gets its state from the copy that is left."""

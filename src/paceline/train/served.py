@@ -39,7 +39,7 @@ from paceline.train.way import Way
 
 T = TypeVar("T")
 
-_ORIGINS = 4
+_ORIGINS = 64  # passes that servers which begin again may not know
 
 
 class Served:

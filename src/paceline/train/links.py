@@ -21,12 +21,12 @@ from paceline.exchange.service import Service
 from paceline.group.frames import Frame, Place
 from paceline.group.secure import Connection, Listener, connect
 from paceline.terms.errors import Aborted, AdoptError, PacelineError, StepError
+from paceline.train.copied import pack, unpack
 from paceline.train.keeping import Kept
 from paceline.train.memory import Memory
 from paceline.train.pair import Other, Tell, ask_for_state
 from paceline.train.reach import PATIENCE, SOON, reach
 from paceline.train.talk import CAPS, Say
-from paceline.train.whole import pack, unpack
 
 if TYPE_CHECKING:
     from paceline.train.serve import Server

@@ -13,6 +13,7 @@ from paceline.exchange.server_numbered import Numbered
 from paceline.exchange.service import Service
 from paceline.terms.errors import PeerLost, WireError
 from paceline.train import tree as trees
+from paceline.train.copied import frozen, hear_guest, tell_guest
 from paceline.train.keeping import Kept
 from paceline.train.lead import Lead
 from paceline.train.links import LEAD, Links
@@ -20,7 +21,6 @@ from paceline.train.memory import Memory
 from paceline.train.served_state import flatten
 from paceline.train.shard import Guest, Part, Shard
 from paceline.train.talk import Say
-from paceline.train.whole import frozen, hear_guest, tell_guest
 
 Item = tuple[int, dict[str, Any], bool, Any]
 """An answer: kind, meta, whether parameters go with it, and the buffers that are to be put where the worker reads them."""

@@ -8,6 +8,7 @@
 #   make lint     format, lint, types, import rules
 #   make clean    removes what was built here; runs/ and demo/ stay
 #
+# WORKERS=2       how many tests run at once in make test
 # PYTHON=...      the interpreter that .venv is made with
 # PIP_FLAGS=...   further flags for pip, such as another index
 
@@ -22,6 +23,7 @@ PIP_FLAGS ?=
 QUICK ?=
 SEEDS ?= 20000
 MINUTES ?= 30
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -63,7 +65,7 @@ imports: $(READY) types
 	$(BIN)/lint-imports
 
 pytest: $(READY) imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 soak: $(READY)
 	LONG_TESTS=1 $(BIN)/python -m pytest --seeds $(SEEDS)

@@ -22,6 +22,7 @@ BENCHMARKS = {  # name: file, and what makes it quick
     "network": ("network_bench.py", "--quick"),
     "ps": ("ps_bench.py", "--quick"),
     "converge": ("converge_bench.py", "--quick"),
+    "split": ("split_bench.py", "--quick"),
 }
 
 

@@ -32,7 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Our own temporary directory, orphans that come to us, no core files, stacks on SIGUSR1, threads that wait asleep."""
+    """Our own temporary directory, orphans that come to us, no core files, stacks on SIGUSR1, threads that wait asleep.
+
+    Under nohup hang-ups are ignored, by whatever a test starts too, which would then rightly not end.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and of a background job interrupts are
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="pl-")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads otherwise spin against other processes

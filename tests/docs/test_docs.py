@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from paceline.launch import cli, ending
 from paceline.terms.errors import EXPLANATIONS
+from support import parity_table
 from support.cli import run_command, show
 
 ROOT = Path(__file__).parents[2]
@@ -132,3 +134,10 @@ def test_make_help_lists_its_targets() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     listed = set(re.findall(r"make (\w+)  ", shown))
     assert listed == {"demo", "test", "soak", "smoke", "bench", "lint", "clean"}
+
+
+def test_the_table_of_split_models_is_that_of_the_tests() -> None:
+    """It is written by the tests themselves: ``make table``."""
+    table = json.loads(parity_table.TABLE.read_text())
+    assert parity_table.in_readme() == parity_table.rendered(table)
+    assert set(table) == set(parity_table.MODELS)

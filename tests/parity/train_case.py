@@ -43,7 +43,7 @@ class HuggingFace(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        sizes = {"vocab_size": 61, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 3}
+        sizes = {"vocab_size": 61, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 4}
         self.inner = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
     def forward(self, tokens):
@@ -165,8 +165,9 @@ def main():
     job = paceline.job()
     for setting in args.settings:
         model, opt = train(job, args.model, args.steps, **SETTINGS[setting])
+        got = result(model, opt)  # on all ranks: where a model is split, its parts are put together
         if job.main:
-            torch.save(result(model, opt), args.out / f"{setting}.pt")
+            torch.save(got, args.out / f"{setting}.pt")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline.exchange.axes import AXES
 from paceline.exchange.recipes import RECIPES, ddp, summaries
 from paceline.exchange.strategy import DEEPEST, LONGEST, build, check, parse, show
 from paceline.terms.errors import UsageError
@@ -153,10 +154,10 @@ def test_text_and_python_are_the_same_thing() -> None:
     [
         ("dpp()", "PL201", "did you mean 'ddp'"),
         ("ddp() * fsdq()", "PL201", "'fsdq'"),
-        ("ddp(codek=bf16)", "PL203", "codec=None, *, algorithm='auto'"),
+        ("ddp(codek=bf16)", "PL203", "codec=None, *, ranks=None, algorithm='auto'"),
         ("ddp(None, ring)", "PL203", "takes"),
         ("ddp(codec=bf61)", "PL203", "did you mean 'bf16'"),
-        ("ddp(codec=3)", "PL203", "bf16, fp16"),
+        ("ddp(codec=3.5)", "PL203", "bf16, fp16"),
         ("ddp(codec=[1])", "PL203", "bf16, fp16"),
         ("ddp(codec=topk(0.01))", "PL203", "no value 'topk'"),
         ("ddp(codec=bf16(3))", "PL203", "bf16()"),
@@ -167,7 +168,7 @@ def test_text_and_python_are_the_same_thing() -> None:
         ("ddp(bucket_mb=inf)", "PL203", "bucket_mb"),
         ("ddp(bucket_mb=True)", "PL203", "bucket_mb"),
         ("ddp(bucket_mb='4')", "PL203", "bucket_mb"),
-        ("ddp() * ddp()", "PL204", "products"),
+        ("ddp() * ddp()", "PL204", "one ddp"),
     ],
 )
 def test_refusals_name_what_would_work(text: str, code: str, said: str) -> None:
@@ -187,7 +188,7 @@ def test_numbers_keep_their_kind() -> None:
 
 def test_every_recipe_has_its_line() -> None:
     lines = summaries()
-    assert lines.keys() == RECIPES.keys()
+    assert lines.keys() == {*RECIPES, *AXES}
     assert all(line.endswith(".") and len(line) < 100 for line in lines.values())
 
 

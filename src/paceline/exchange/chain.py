@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from paceline.exchange.axes import Axis
 from paceline.exchange.cadence import Cadence, Every, Pace
 from paceline.exchange.link import Anchored, Link, Message, State
 from paceline.exchange.service import Service
@@ -152,6 +153,8 @@ class Exchange:
         service: What is asked of parameter servers, where the strategy has some: then the chain is empty.
         rounds: How the links behind the optimizer are run, where there are any.
         phases: Strategies that follow each other, with the step after which each begins; empty where there is one only.
+        ranks: How many take part, where the strategy says so.
+        axes: How each replica is split over ranks, innermost first; empty where a replica is one rank.
     """
 
     chain: Chain
@@ -162,6 +165,8 @@ class Exchange:
     service: Service | None = None
     rounds: Rounds | None = None
     phases: tuple[tuple[int, Exchange], ...] = ()
+    ranks: int | None = None
+    axes: tuple[Axis, ...] = ()
 
     def at(self, step: int) -> Exchange:
         """What is in force after `step` steps."""

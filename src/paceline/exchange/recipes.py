@@ -13,6 +13,7 @@ from typing import Literal
 
 from paceline.exchange.allreduce import ALGORITHMS, AllReduceMean
 from paceline.exchange.arguments import one_of, positive, spell, whole
+from paceline.exchange.axes import AXES, MOST_RANKS
 from paceline.exchange.cadence import MOST, Cadence, cadence_for
 from paceline.exchange.chain import Exchange, chain, optimizer
 from paceline.exchange.codec import CODECS, Codec
@@ -25,8 +26,9 @@ from paceline.terms.plan import Call
 
 
 def ddp(
-    codec: Literal["bf16", "fp16"] | Codec | None = None,
+    codec: Literal["bf16", "fp16"] | Codec | int | None = None,
     *,
+    ranks: int | None = None,
     algorithm: str = "auto",
     params: Literal["private", "shared"] = "private",
     bucket_mb: float | None = None,
@@ -42,7 +44,8 @@ def ddp(
 
     Args:
         codec: ``bf16`` or ``fp16`` halve the bytes and round each element twice; they pay where the network is the limit,
-            not on one host. In Python any :class:`Codec`.
+            not on one host. In Python any :class:`Codec`. A number in its place is that of the `ranks`.
+        ranks: How many, for products such as ``tensor(2) * ddp(2)``; all that there are by default.
         algorithm: How to all-reduce: ``auto`` (the wire's own), ``star``, ``ring``, ``tree``, ``halving``,
             ``hierarchical`` (within hosts, then between them).
         params: ``shared`` keeps one copy of parameters and optimizer state per host; every rank updates a slice.
@@ -54,6 +57,10 @@ def ddp(
     Raises:
         UsageError: PL203, an argument has a value that it cannot have.
     """
+    if type(codec) is int and ranks is None:
+        codec, ranks = None, codec
+    if ranks is not None:
+        whole("ddp", "ranks", ranks, MOST_RANKS)
     if not (codec is None or isinstance(codec, Codec)):
         codec = CODECS[one_of("ddp", "codec", codec, CODECS)]()
     one_of("ddp", "algorithm", algorithm, ALGORITHMS)
@@ -65,10 +72,10 @@ def ddp(
         positive("ddp", "bucket_mb", bucket_mb)
     _check_exact(exact, shards, codec, algorithm)
     word = codec.name if codec else None
-    given = {"codec": word, "algorithm": algorithm, "params": params, "bucket_mb": bucket_mb}
+    given = {"codec": word, "ranks": ranks, "algorithm": algorithm, "params": params, "bucket_mb": bucket_mb}
     text = spell(ddp, **given, exact=exact, shards=shards)
     link: Link = ExactMean(shards) if exact else AllReduceMean(codec, algorithm)
-    return Exchange(chain(link, optimizer), params, bucket_mb, text, shards if exact else 0)
+    return Exchange(chain(link, optimizer), params, bucket_mb, text, shards if exact else 0, ranks=ranks)
 
 
 def _check_exact(exact: object, shards: object, codec: Codec | None, algorithm: str) -> None:
@@ -162,4 +169,4 @@ RECIPES: dict[str, Callable[..., Exchange]] = {
 
 def summaries() -> dict[str, str]:
     """One line for each recipe."""
-    return {name: (inspect.getdoc(recipe) or "").partition("\n")[0] for name, recipe in RECIPES.items()}
+    return {name: (inspect.getdoc(recipe) or "").partition("\n")[0] for name, recipe in {**RECIPES, **AXES}.items()}

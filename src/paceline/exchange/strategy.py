@@ -1,7 +1,7 @@
 """A strategy as text: read with ``ast`` into calls, never evaluated, and printed back the same. Pure; imports no torch.
 
     ddp(codec=bf16, algorithm=ring)         a call of a recipe; `ddp` alone is `ddp()`
-    pipeline(2) * ddp()                     a product: left inside, right outside
+    pipeline(2) * ddp()                     a product: left inside, right outside (``axes``)
 
 Arguments are numbers, strings, True, False, None, inf, lists and tuples of these, words (``bf16``), and calls. A word is the same
 as the string of its letters. For all strategies ``parse(str(strategy)) == strategy``; a text that cannot be read raises a
@@ -14,22 +14,28 @@ import ast
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from paceline.exchange.arguments import invoke
+from paceline.exchange.axes import AXES, Axis, mesh, refuse_odd
 from paceline.exchange.cadence import CADENCES
 from paceline.exchange.chain import Exchange
 from paceline.exchange.codec import CODECS
 from paceline.exchange.merge import MERGES
 from paceline.exchange.ps import LATE
-from paceline.exchange.recipes import RECIPES
+from paceline.exchange.recipes import RECIPES, ddp
 from paceline.terms.errors import UsageError
 from paceline.terms.plan import Call, Product, Strategy, Value
 
 LONGEST = 2000  # characters
 DEEPEST = 20  # calls and lists in each other
 MOST = 20  # factors
+_WORD_1F1B = re.compile(r"(?<![\w'\"])1f1b(?![\w'\"])")  # a word to everybody but Python
+
+_ALL: dict[str, Callable[..., Any]] = {**RECIPES, **AXES}
+"""What factors may mean."""
 
 _VALUES: dict[str, Callable[..., Any]] = {**CODECS, **LATE, **MERGES, **CADENCES, **RECIPES}
 """What calls among the arguments of a recipe may mean."""
@@ -41,24 +47,65 @@ def parse(text: str) -> Strategy:
     Raises:
         UsageError: PL202, with the position marked.
     """
-    return _Reader(re.sub(r"\s", " ", text).strip()).strategy()
+    return _Reader(_WORD_1F1B.sub("'1f1b'", re.sub(r"\s", " ", text).strip())).strategy()
 
 
 def build(strategy: str | Strategy | Exchange) -> Exchange:
-    """Call the recipe that is meant.
+    """Call the recipes that are meant.
 
     Raises:
         UsageError: The text cannot be read (PL202), a recipe does not exist (PL201) or was given what it does not take
-            (PL203), or it is a product (PL204): this version runs one recipe at a time.
+            (PL203), or factors do not go together (PL204, PL212).
     """
     if isinstance(strategy, Exchange):
         return strategy
     read = parse(strategy) if isinstance(strategy, str) else strategy
     factors = read.factors if isinstance(read, Product) else (read,)
-    exchanges = [invoke(RECIPES, _settled(call), code="PL201", noun="strategy") for call in factors]
-    if len(exchanges) > 1:
-        raise UsageError("PL204", f"{read}: products cannot be run by this version")
-    return exchanges[0]
+    made = [invoke(_ALL, _settled(call), code="PL201", noun="strategy") for call in factors]
+    return made[0] if len(made) == 1 and isinstance(made[0], Exchange) else _product(made, str(read))
+
+
+def build_whole(strategy: str | Strategy | Exchange, size: int) -> Exchange:
+    """:func:`build`, for processes that were started to hold whole models.
+
+    Raises:
+        UsageError: PL213, it splits models over ranks; PL211, it asks for another number of them.
+    """
+    exchange = build(strategy)
+    if exchange.axes and size > 1:
+        raise UsageError("PL213", f"{exchange.text} splits the model, and {size} processes were started for whole ones")
+    if exchange.ranks is not None and not exchange.axes:
+        mesh((), exchange.ranks, size, 0, exchange.text)
+    return exchange
+
+
+def _product(made: Sequence[Exchange | Axis], text: str) -> Exchange:
+    """Axes of one replica, and what replicas exchange: the last factor, or gradients.
+
+    Raises:
+        UsageError: PL204, an exchange stands where only an axis can; PL212, the axes do not go together.
+    """
+    inner, last = (made[:-1], made[-1]) if isinstance(made[-1], Exchange) else (made, ddp())
+    axes = tuple(_axis(each, text) for each in inner)
+    assert isinstance(last, Exchange)
+    refuse_odd(axes, text)
+    if last.rounds is None and any(axis.kind == "ddp" for axis in axes):
+        raise UsageError(
+            "PL204", f"{text}: ddp inside replicas that step together is one ddp", help="leave one of them out."
+        )
+    if last.service is not None or last.shards or last.params != "private" or last.phases:
+        raise UsageError("PL204", f"{text}: {last.text} cannot be exchanged by replicas that are split")
+    shown = [axis.text for axis in axes] + ([last.text] if isinstance(made[-1], Exchange) else [])
+    return replace(last, axes=axes, text=" * ".join(shown))
+
+
+def _axis(factor: Exchange | Axis, text: str) -> Axis:
+    """A factor that stands inside another. Raises UsageError PL204 for what is no axis."""
+    if isinstance(factor, Axis):
+        return factor
+    if factor.rounds is not None or factor.service is not None or factor.phases or factor.shards:
+        raise UsageError("PL204", f"{text}: {factor.text} stands inside another factor")
+    return Axis("ddp", factor.ranks, {"exchange": factor}, factor.text, "whole copies that step together")
 
 
 def show(strategy: Strategy | Exchange) -> str:
@@ -74,6 +121,11 @@ def check(text: str) -> str:
 def threads(text: str) -> int | None:
     """How many threads each rank must have under this strategy; None when that is free (or the script decides)."""
     return 1 if text and build(text).shards else None
+
+
+def splits(text: str) -> bool:
+    """Whether replicas of the model have several ranks under this strategy."""
+    return bool(text) and bool(build(text).axes)
 
 
 def _settled(call: Call) -> Call:

@@ -225,15 +225,29 @@ class Arena:
 def available_memory() -> int:
     """Bytes that this process could get without others being pushed out: the machine's, or its control group's if fewer."""
     available = int(psutil.virtual_memory().available)
-    try:
-        group = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip().lstrip("/")
-        folder = Path("/sys/fs/cgroup") / group
-        limit = int((folder / "memory.max").read_text())
-        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
-    except (OSError, ValueError, KeyError):
-        return available  # no control group, or one without a limit ("max")
-    return min(available, max(0, limit - used))
+    for left in (_left_v2, _left_v1):
+        try:
+            available = min(available, max(0, left()))
+        except (OSError, ValueError, KeyError, StopIteration):
+            continue  # no control group, or one without a limit ("max")
+    return available
+
+
+def _left_v2() -> int:
+    group = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip().lstrip("/")
+    folder = Path("/sys/fs/cgroup") / group
+    limit = int((folder / "memory.max").read_text())
+    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return limit - int((folder / "memory.current").read_text()) + int(counts["inactive_file"])
+
+
+def _left_v1() -> int:
+    lines = (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())
+    group = next(path for _, kinds, path in lines if "memory" in kinds.split(","))
+    folder = Path("/sys/fs/cgroup/memory") / group.lstrip("/")
+    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    limit = min(int((folder / "memory.limit_in_bytes").read_text()), int(counts["hierarchical_memory_limit"]))
+    return limit - int((folder / "memory.usage_in_bytes").read_text()) + int(counts["total_inactive_file"])
 
 
 def address_of(buffer: mmap.mmap | memoryview) -> int:

@@ -24,10 +24,11 @@ class Console:
         plan: What runs.
         path: The run directory, as the user would type it.
         as_json: One JSON object a line instead of text for people.
+        explain: Say where every parameter is, and what is exchanged.
     """
 
-    def __init__(self, plan: Plan, path: Path, as_json: bool) -> None:
-        self._plan, self._path = plan, path
+    def __init__(self, plan: Plan, path: Path, as_json: bool, explain: bool = False) -> None:
+        self._plan, self._path, self._explain = plan, path, explain
         self._as_json = as_json
         self._folder = Folder(plan.processes)
         self._values = Values(path / "events", plan.processes)
@@ -66,6 +67,9 @@ class Console:
             self.say([f"strategy {report.get('strategy')} · wire {report.get('wire')}"])
             if report.get("strategy") != "ddp()":  # what differs from the usual is spelled out
                 self.say([f"  {line}" for line in str(report.get("describe")).splitlines()])
+
+        if report["kind"] == "place" and self._explain:
+            self.say([f"{report['model']}:", *(f"  {line}" for line in report["text"].splitlines())])
 
     def beat(self, snapshots: Sequence[Snapshot], now: float) -> None:
         self._snapshots = snapshots

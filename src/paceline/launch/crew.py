@@ -184,7 +184,7 @@ class Crew:
         wire = plan.wire
         several = self.size > 1
         self._arena_fd = self._make_arena() if several and wire != "torch" else -1
-        may_need_c10d = wire == "torch" or (wire == "auto" and has_accelerator())
+        may_need_c10d = wire == "torch" or (wire == "auto" and has_accelerator()) or _splits(plan.strategy)
         self._store = self._open_store() if several and may_need_c10d else ""
         numbers = range(first, first + self.size)
         incarnations = {number: secrets.token_hex(16) for number in numbers}
@@ -326,6 +326,12 @@ class Crew:
             child.close()
         if self._run is not None:
             self._run.processes([])
+
+
+def _splits(strategy: str) -> bool:
+    from paceline.exchange.strategy import splits
+
+    return splits(strategy)
 
 
 def _name(number: int) -> str:

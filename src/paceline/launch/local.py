@@ -225,6 +225,8 @@ class Launcher:
     def _note(self, number: int, kind: str, report: Mapping[str, Any]) -> None:
         if kind == "end" and report.get("hash"):
             self._hashes[number] = report["hash"]
+        if kind == "place" and self._run is not None:
+            self._run.explain(report["model"], report["text"], report["svg"])
         if kind == "adopt" and number == 0:
             self._update(**{key: report.get(key) for key in ("strategy", "wire", "describe")})
 

@@ -190,6 +190,7 @@ class RunDirectory:
     complain: Callable[[str], None] = lambda text: None
     _record: dict[str, Any] = field(default_factory=dict)
     _complained: bool = False
+    _explained: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def create(cls, path: Path, plan: Plan, record: dict[str, Any]) -> RunDirectory:
@@ -243,6 +244,14 @@ class RunDirectory:
         except OSError as error:
             self.failed(error)
             return -1
+
+    def explain(self, model: str, text: str, svg: str) -> None:
+        """Where everything of a model is, as ``explain.txt``; the drawing of its pipeline, if there is one, as ``schedule.svg``."""
+        self._explained[model] = text
+        whole = "\n\n".join(f"{name}\n{told}" for name, told in self._explained.items())
+        self._try(lambda: self._replace("explain.txt", whole + "\n"))
+        if svg:
+            self._try(lambda: self._replace("schedule.svg", svg))
 
     def failed(self, error: OSError) -> None:
         """A file of the run could not be written. The first time somebody hears of it."""

@@ -42,6 +42,7 @@ _REPORTED = (
     "view",
     "notice",
     "export",
+    "place",
     "end",
 )  # events that the launcher must hear of at once, whatever becomes of the disk
 
@@ -64,6 +65,19 @@ class Session:
         self.activity = board.activity(place.slot)
         self._strategy_given = strategy_given
         self._job: Job | None = None
+        self.built: Any = None
+
+    def begin_building(self) -> None:
+        """The script begins. Where the strategy says so, ranks keep their own rows of what it builds, until it is adopted."""
+        from paceline.exchange.strategy import splits
+
+        if self.place.size == 1 or not splits(self.place.plan.strategy):
+            return
+        from paceline.launch.groups import built_in_parts
+
+        self.built = built_in_parts(self.place)
+        if self.built is not None:
+            self.built.__enter__()
 
     @property
     def adopted(self) -> bool:
@@ -86,15 +100,25 @@ class Session:
         return self._job
 
     def _make_job(self) -> Job:
+        from paceline.exchange.strategy import splits
         from paceline.train.job import Job
 
         place = self.place
+        if place.size > 1 and splits(place.plan.strategy):
+            return self._make_split_job()
         if not place.servers:
             return Job(place, self._connect, self.sink, self.activity, self._reunion())
         from paceline.train.served_job import ServedJob
 
         secret = os.pread(place.secret_fd, _SECRET, 0)
         return ServedJob(place, self.sink, self.activity, secret)
+
+    def _make_split_job(self) -> Job:
+        from paceline.launch.groups import Groups
+        from paceline.train.split_job import SplitJob
+
+        groups = Groups(self.place, self.board, self.activity)
+        return SplitJob(self.place, self._connect, groups, self.built, self.sink, self.activity)
 
     def _connect(self, device: torch.device) -> Wire:
         from paceline.launch.connect import open_wire

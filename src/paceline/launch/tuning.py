@@ -98,6 +98,7 @@ def choose(
     threads: int | None = None,
     overrides: Mapping[str, str] | None = None,
     servers: int = 0,
+    lean: bool = False,
 ) -> Settings:
     """Decide the settings of each of `processes` ranks. Pure.
 
@@ -109,6 +110,7 @@ def choose(
         overrides: ``--set``: strongest, and the way to set anything else.
         servers: Processes beside the ranks, with as many threads. They work while ranks wait for them, so ranks keep their
             cores; but threads that spin after their work would hold the cores that the other side needs.
+        lean: Memory counts for more than time: what is freed goes back at once.
     """
     asked = dict(overrides or {})
     named = threads or _whole(asked.get("OMP_NUM_THREADS")) or _whole(environ.get("OMP_NUM_THREADS"))
@@ -117,11 +119,14 @@ def choose(
     if count > 1 and (processes + servers) * count > machine.cores:
         advised["OMP_WAIT_POLICY"] = "PASSIVE"
     if machine.glibc:
-        advised |= _malloc(machine, processes)
+        advised |= _LEAN if lean else _malloc(machine, processes)
     strong = asked if threads is None else {"OMP_NUM_THREADS": str(threads), **asked}
     kept = tuple(name for name in advised if name in environ and name not in strong)
     given = {name: value for name, value in advised.items() if name not in kept} | strong
     return Settings(count, tuple(given.items()), kept)
+
+
+_LEAN = {"MALLOC_MMAP_THRESHOLD_": str(_MIB), "MALLOC_TRIM_THRESHOLD_": str(_MIB)}
 
 
 def _malloc(machine: Machine, processes: int) -> dict[str, str]:

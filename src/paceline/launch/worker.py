@@ -135,6 +135,7 @@ class Rank:
             self._session.result(call(self._function))
             return
         assert self._script is not None
+        self._session.begin_building()
         try:
             run_script(self._plan, self._script)
         except SystemExit as error:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed.pipelining import _backward
 from torch.optim import Optimizer
 
 
@@ -22,3 +26,43 @@ def step_without_hooks(optimizer: Optimizer) -> None:
     torch wraps the method of each class with what runs the hooks; ``__wrapped__`` is the method itself.
     """
     type(optimizer).step.__wrapped__(optimizer)  # type: ignore[attr-defined]
+
+
+def become(p: Tensor, other: Tensor) -> None:
+    """Let the object `p` be what `other` is, for everybody who refers to it; `other` is what `p` was.
+
+    As ``torch.utils.swap_tensors``, but weak references may exist, as ``nn.LSTM`` keeps them. Raises RuntimeError where a graph
+    has saved the tensor itself.
+    """
+    count: int = p._use_count()  # type: ignore[attr-defined]
+    if count > 2:  # the object, and perhaps the node that accumulates its gradient
+        raise RuntimeError(f"{count - 1} places of a graph refer to it")
+    p.__class__, other.__class__ = other.__class__, p.__class__
+    p.__dict__, other.__dict__ = other.__dict__, p.__dict__
+    torch._C._swap_tensor_impl(p, other)
+
+
+def input_half(root: Tensor, inputs: list[Tensor], weights: list[nn.Parameter]) -> Any:
+    """The half of a backward that gives the gradients of `inputs`; what the other half needs is returned.
+
+    Torch's half backwards leave out parameters whose way to the root meets nothing that depends on the inputs: those are named
+    in the result, and :func:`weight_half` computes them by autograd.
+    """
+    edge = torch.autograd.graph.get_gradient_edge(root)
+    one = torch.ones_like(root)
+    _, groups = _backward.stage_backward_input([root], None, inputs, iter(weights))
+    covered = {node for group in groups for node in group["params"]}
+    left_out = [w for w in weights if _backward._get_grad_fn_or_grad_acc(w) not in covered]
+    return edge, one, groups, left_out
+
+
+def weight_half(halves: Any, weights: list[nn.Parameter]) -> None:
+    """The other half: gradients of the weights are added to their ``.grad``."""
+    edge, one, groups, left_out = halves
+    groups = [group for group in groups if group.get("grads") is not None]
+    if left_out:
+        grads = torch.autograd.grad([edge], left_out, [one], retain_graph=True, allow_unused=True)
+        for w, grad in zip(left_out, grads, strict=True):
+            if grad is not None:
+                w.grad = grad if w.grad is None else w.grad + grad
+    _backward.stage_backward_weight(iter(weights), groups)

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What ``paceline explain`` prints for a code."""
-
-    title: str
-    text: str
-    help: str
-
+from paceline.terms.explanation import Explanation
+from paceline.terms.explanations_split import SPLIT
 
 EXPLANATIONS: dict[str, Explanation] = {
     # ---- PL1xx: command line and launcher -------------------------------------------------------------------------
@@ -98,8 +89,10 @@ EXPLANATIONS: dict[str, Explanation] = {
     ),
     "PL204": Explanation(
         "strategies cannot be combined",
-        "The product asked for is not one that this version can run.",
-        "use one of the recipes alone.",
+        "In a product the factors to the left split one replica of the model (`fsdp`, `tensor`, `pipeline`), and the last one may say "
+        "what replicas exchange (`ddp`, `local_sgd`, `diloco`, `gossip`, ...). Parameter servers, exact sums and shared parameters "
+        "arrange a whole run of unsplit replicas.",
+        "`pipeline(2) * tensor(2) * ddp()`, for instance.",
     ),
     "PL205": Explanation(
         "the optimizer cannot be split between ranks",
@@ -440,6 +433,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "counts as lost, like one that was killed, and is replaced.",
         "something called `os._exit(0)`, or a library ended the process; to end a script early, `sys.exit()` lets the job finish.",
     ),
+    # ---- PL52x, PL53x: pipelines ------------------------------------------------------------------------------------
     # ---- PL6xx: files ---------------------------------------------------------------------------------------------
     "PL601": Explanation(
         "the run directory cannot be written",
@@ -490,4 +484,5 @@ EXPLANATIONS: dict[str, Explanation] = {
         "one holds something else than tensors and plain values, or no state of a model.",
         "save the model's state_dict alone: `torch.save(model.state_dict(), FILE)`.",
     ),
+    **SPLIT,
 }

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from paceline.group.wire import Wire
 from paceline.terms.errors import AdoptError
+from paceline.train.room import refuse_too_large
 from paceline.train.state import neutral
 
 
@@ -87,8 +88,17 @@ def agree(
     models: Mapping[str, nn.Module],
     optimizers: Sequence[Optimizer],
     loaders: Sequence[DataLoader[Any]] = (),
+    parts: int = 1,
 ) -> None:
-    """Compare what ranks hold. Raises AdoptError PL303 on every rank, naming the first difference."""
+    """Compare what ranks hold.
+
+    Args:
+        parts: Into how many parts each model will be cut.
+
+    Raises:
+        AdoptError: PL303 on every rank, naming the first difference; PL511, there is no room for what training will need.
+    """
+    refuse_too_large(wire, models, optimizers, parts)
     mine = [*describe(models, optimizers), *map(_loader, loaders)]
     said = [json.loads(raw) for raw in wire.gather_bytes("adopt", json.dumps(mine).encode())]
     for rank, theirs in enumerate(said):
@@ -146,10 +156,11 @@ def _difference(first: list[str], other: list[str], rank: int) -> str:
 
 
 def start_equal(wire: Wire, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], *, root: int = 0) -> None:
-    """Overwrite parameters, buffers and optimizer state with those of rank `root`."""
+    """Overwrite parameters, buffers and optimizer state with those of rank `root`, but for parameters that are built in parts."""
     with torch.no_grad():
         for tensor in _tensors(models, optimizers):
-            _overwrite(wire, tensor, root)
+            if not tensor.is_meta:
+                _overwrite(wire, tensor, root)
 
 
 def _overwrite(wire: Wire, tensor: Tensor, root: int = 0) -> None:

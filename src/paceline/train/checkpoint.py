@@ -94,8 +94,15 @@ class Checkpointer:
         self._number = 0
 
     # ---- between steps --------------------------------------------------------------------------------------------
-    def at_boundary(self, step: int, lead: bool) -> None:
+    def wants(self, step: int) -> bool:
+        """At the boundary after `step` the state would be asked for."""
+        return self._due or self.due(step) or time.monotonic() >= self._retry or not self._prepared
+
+    def at_boundary(self, step: int, lead: bool, *, able: bool = True) -> None:
         """Called between two steps, `step` of which are done. Everything but a due checkpoint's copy takes microseconds.
+
+        Args:
+            able: The state can be had here; else what is due waits for the next boundary.
 
         Raises:
             AdoptError: PL612, at the first step: the state holds something that cannot be saved.
@@ -109,6 +116,8 @@ class Checkpointer:
             self._publish()
         if self._writer is None and not self._prepared:
             self._start()
+        if not able:
+            return
         if step > self._begun_at and not self._prepared:  # by now optimizers have their state
             self._prepare(self._plan(step))
         if self._due:

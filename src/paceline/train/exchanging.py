@@ -103,9 +103,14 @@ class Exchanging:
                 hosts=hosts,
             )
         if len(together) < len(phases):
-            self.rounds = Rounds(wire, activity, loop, sink, desk.change, desk.save, hosts)
+            self.rounds = self._make_rounds(wire, activity, loop, sink, desk, hosts)
             loop.on_iteration, loop.on_close = self.at_iteration, lambda: self.close(full=True)
             loop.on_begin_round = self.begin_round
+
+    def _make_rounds(
+        self, wire: Wire, activity: Activity, loop: Loop, sink: Sink, desk: Desk, hosts: Sequence[int]
+    ) -> Rounds:
+        return Rounds(wire, activity, loop, sink, desk.change, desk.save, hosts)
 
     @property
     def local(self) -> bool:
@@ -131,6 +136,8 @@ class Exchanging:
                 self.stepper.add(model, [(f"{label}.{name}", p) for name, p in params])
             if self.rounds is not None:
                 self.rounds.add(label, model, params)
+            text = replicated(params, self._exchange)
+            self._sink(Event("place", self._loop.steps, {"model": label, "text": text, "svg": ""}))
         self.settle()
 
     def own(self, given: adoption.Adopted) -> None:
@@ -302,3 +309,12 @@ class Exchanging:
         if self.rounds is not None:
             self.rounds.drop()
             self.rounds.attach(False)
+
+
+def replicated(params: Sequence[tuple[str, nn.Parameter]], exchange: Exchange) -> str:
+    """Where the parameters of an unsplit model are: all of them on every rank."""
+    width = max(len(name) for name, _ in params)
+    rows = [f"{name:<{width}}  {tuple(p.shape)!s:<18} {p.nbytes:>13,} bytes  on every rank" for name, p in params]
+    total = sum(p.nbytes for _, p in params)
+    what = "parameters, every round" if exchange.rounds is not None else "gradients, every step"
+    return "\n".join([*rows, f"in all {total:,} bytes on each rank; exchanged: as many bytes of {what}"])

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paceline.data.streams import Streams
 from paceline.exchange.chain import Exchange
-from paceline.exchange.strategy import build
+from paceline.exchange.strategy import build_whole
 from paceline.group.reunion import Epoch, Reunion
 from paceline.group.wire import Wire
 from paceline.terms.activity import Activity, Phase
@@ -125,10 +125,9 @@ class Job:
     def use_strategy(self, strategy: str | Exchange) -> None:
         """Set the strategy. Raises StepError PL410 after the first ``adopt``, UsageError PL2xx for one that cannot be."""
         if self._wire is not None:
-            raise StepError(
-                "PL410", "the strategy was set after job.adopt", help="pass it to the first paceline.job() call."
-            )
-        self._exchange = build(strategy)
+            help = "pass it to the first paceline.job() call."
+            raise StepError("PL410", "the strategy was set after job.adopt", help=help)
+        self._exchange = build_whole(strategy, self.size)
         self._strategy = strategy
 
     def adopt(self, *things: Any) -> Any:
@@ -211,7 +210,7 @@ class Job:
 
     def _emit_plan(self) -> None:
         if self._exchange is None:
-            self._exchange = build(self._strategy)
+            self._exchange = build_whole(self._strategy, self.size)
         assert self._wire is not None
         data = {"strategy": self._exchange.text, "wire": self._wire.name, "describe": self._exchange.describe()}
         self._sink(Event("adopt", 0, data))
@@ -454,11 +453,8 @@ class Job:
             StepError: PL410, it was left out and there is not exactly one.
         """
         if optimizer is None and len(self._optimizers) != 1:
-            raise StepError(
-                "PL410",
-                f"job.step(fn, batch) needs to know which of {len(self._optimizers)} adopted optimizers to step",
-                help="say job.step(fn, batch, optimizer=opt).",
-            )
+            message = f"job.step(fn, batch) needs to know which of {len(self._optimizers)} adopted optimizers to step"
+            raise StepError("PL410", message, help="say job.step(fn, batch, optimizer=opt).")
         chosen = optimizer or self._optimizers[0]
         loss = fn(batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -479,7 +475,7 @@ class Job:
         self._saving.finish(self.main, whole)
         if not self._place.plain:
             self._loop.finish()
-            end = self._saving.last_state(self._models, self.main) if whole else {"ok": False}
+            end = self._saving.last_state(self._named_state(), self.main) if whole else {"ok": False}
             self._sink(Event("end", self._loop.steps, end))
         if self._exchanging is not None:
             self._exchanging.close_down()
@@ -487,6 +483,9 @@ class Job:
             self._members.close("finished" if whole else "failed")
         if self._wire is not None:
             self._wire.close()
+
+    def _named_state(self) -> dict[str, Tensor]:
+        return state.named_state(self._models)
 
     def _ledger_path(self) -> Path | None:
         run_dir = self._place.run_dir

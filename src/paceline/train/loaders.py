@@ -38,6 +38,7 @@ class Loaders:
         self.feeds: list[Feed] = []
         self.leases: Leases | None = None  # who gives batches out, where no rank has a share
         self.evaluating = False
+        self.always_in_step = False  # ranks compute together also where they only look, so none may go without a row
         self._loop, self._streams, self._activity = loop, streams, activity
         self._before_pass, self._first_round = before_pass, first_round
 
@@ -55,7 +56,7 @@ class Loaders:
             "activity": self._activity,
             "before_pass": self._on_pass,
             "before_batch": lambda: self._loop.before_batch(self.training),
-            "want_phantom": lambda: self.training,
+            "want_phantom": lambda: self.training or self.always_in_step,
             "on_batch": self._on_batch,
             "on_epoch": self._on_epoch_end,
             "before_end": lambda: self._loop.before_end(index),

@@ -333,13 +333,16 @@ class Rounds:
         size, steps, mark = self._wire.size, float(self._loop.steps), float(self._loop.mark)
         step_s = (time.perf_counter() - self._clock) / max(1, self._since)
         header = [self._rows[-1], steps, steps * steps, float(self._nonfinite)]
-        header += [float(self._activity.board.stop_requested), float(self._change()), float(self._save())]
+        header += [float(self._stop()), float(self._change()), float(self._save())]
         header += [mark, mark * mark, step_s, self._exchange_s, *self._rows]
         sums: list[float] = self._drive.run(_sum(self._roll, header), "round")
         self._check(sums)
         pace = Pace(sums[STEP_S] / size, sums[EXCHANGE_S] / size)
         stop, change, save = (sums[place] > 0 for place in (STOP, CHANGE, SAVE))
         return News(tuple(sums[ROWS:]), round(sums[NONFINITE]), stop, change, save, pace)
+
+    def _stop(self) -> bool:
+        return bool(self._activity.board.stop_requested)
 
     def _check(self, sums: Sequence[float]) -> None:
         size = self._wire.size

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from paceline.group.wire import Wire
 from paceline.terms.event import Event, Sink
@@ -29,13 +29,22 @@ class Saving:
         loop: Where the job stands.
         sink: Where events go.
         things: All that makes up the state of the job now.
+        captured: Gives the state to be saved; None: that of `things`, where it is.
 
     Attributes:
         group: The epoch of the group that this process is a member of; a checkpoint carries it.
     """
 
-    def __init__(self, place: Place, loop: Loop, sink: Sink, things: Callable[[], trees.Things]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        loop: Loop,
+        sink: Sink,
+        things: Callable[[], trees.Things],
+        captured: Callable[[], trees.Tree] | None = None,
+    ) -> None:
         self.group = 0
+        self._captured = captured
         self._run_dir, self._plan = place.run_dir, place.plan
         self._loop, self._sink, self._things = loop, sink, things
         self._checkpointer: Checkpointer | None = None
@@ -66,7 +75,7 @@ class Saving:
             self._checkpointer = Checkpointer(
                 Policy.parse(plan.checkpoint),
                 run_dir / CHECKPOINTS,
-                self.capture,
+                self._captured or self.capture,
                 right=lambda: (attempt, self.group),
                 sink=self._sink,
                 step=found.step if found is not None else 0,
@@ -98,10 +107,14 @@ class Saving:
         """A checkpoint of the present step is due."""
         return self._checkpointer is not None and self._checkpointer.due(self._loop.steps)
 
-    def step_ended(self, main: bool) -> None:
-        """Between two steps."""
+    def wants(self) -> bool:
+        """The state is asked for after the step that is under way."""
+        return self._checkpointer is not None and self._checkpointer.wants(self._loop.steps + 1)
+
+    def step_ended(self, main: bool, *, able: bool = True) -> None:
+        """Between two steps. `able`: the state can be had."""
         if self._checkpointer is not None:
-            self._checkpointer.at_boundary(self._loop.steps, main)
+            self._checkpointer.at_boundary(self._loop.steps, main, able=able)
 
     def finish(self, main: bool, whole: bool) -> None:
         """The script has ended, well (`whole`) or not."""
@@ -110,11 +123,10 @@ class Saving:
         if self._resume is not None:
             self._resume.close()
 
-    def last_state(self, models: Mapping[str, nn.Module], main: bool) -> dict[str, Any]:
+    def last_state(self, tensors: Mapping[str, Tensor], main: bool) -> dict[str, Any]:
         """Write the final weights, and say what there is to say about the end."""
         end: dict[str, Any] = {"ok": True, "samples": self._loop.samples, "epoch": self._loop.epoch}
-        if models:
-            tensors = state.named_state(models)
+        if tensors:
             end["hash"] = state.hash_tensors(tensors)
             if main and self._run_dir is not None:
                 try:

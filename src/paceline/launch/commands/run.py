@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", metavar="auto|PATH", help="go on from this run's newest checkpoint, or from that of another run")
     add("--stop-on-nan", action="store_true", default=None, help="end the run when a gradient is not finite")
     add("--hang-after", type=float, metavar="SECONDS", help="report a standstill after so long")
+    add("--explain", action="store_true", help="show where every parameter is, what is exchanged and when")
     add("--plan", type=Path, metavar="FILE", help="repeat the run of a plan.toml; flags given here are stronger")
     if "-h" in sys.argv or "--help" in sys.argv:
         from paceline.exchange.recipes import RECIPES
@@ -72,7 +73,8 @@ def main(args: argparse.Namespace) -> int:
     resolved = resolve(args)
     path = choose_path(resolved.plan.script, args.name, args.run_dir, again=resolved.plan.resume == "auto")
     first_line(resolved, path, args.format == "json")
-    return execute(resolved.plan, path, args.format == "json", hang_after=args.hang_after, listen=args.listen or "")
+    more = {"hang_after": args.hang_after, "listen": args.listen or "", "explain": args.explain}
+    return execute(resolved.plan, path, args.format == "json", **more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ def resolve(args: argparse.Namespace) -> Resolved:
     base = plan_file.read(args.plan) if args.plan is not None else Plan(script="", strategy="")
     wire, strategy = args.wire or base.wire, args.strategy or base.strategy
     able = wire != "torch" and not tuning.has_accelerator() and _SHARED not in strategy.replace(" ", "")
+    able = able and not check_layout(strategy, args, base)
     processes, least, most = workers(args.processes, args.workers, base, args.plan is not None, able)
     flags = {
         "script": args.script,
@@ -140,9 +143,15 @@ def resolve(args: argparse.Namespace) -> Resolved:
     overrides = dict(plan.settings) | _assignments(args.set)
     if args.threads is not None:
         overrides.pop("OMP_NUM_THREADS", None)
-    servers = strategy_servers(plan.strategy)
+    servers, lean = strategy_servers(plan.strategy), in_pieces(plan.strategy)
     settings = choose(
-        Machine.here(), plan.processes, os.environ, threads=args.threads, overrides=overrides, servers=servers
+        Machine.here(),
+        plan.processes,
+        os.environ,
+        threads=args.threads,
+        overrides=overrides,
+        servers=servers,
+        lean=lean,
     )
     return Resolved(replace(plan, threads=settings.threads, settings=settings.given), settings)
 
@@ -178,6 +187,37 @@ def workers(
         message = f"an elastic run has at most {MOST_WORKERS} workers on one machine, and {most} were asked for"
         raise UsageError("PL105", message, help="`--workers N` starts exactly N, and bears no loss.")
     return count, least, most
+
+
+def in_pieces(strategy: str) -> bool:
+    """Whether models are cut into pieces, because memory is short."""
+    if not strategy:
+        return False
+    from paceline.exchange.strategy import build
+
+    return any(axis.kind == "fsdp" for axis in build(strategy).axes)
+
+
+def check_layout(strategy: str, args: argparse.Namespace, base: Plan) -> bool:
+    """Whether replicas of the model have several ranks; then the number of processes must fit, and no loss is borne.
+
+    Raises:
+        UsageError: PL211, it does not fit; PL105, losses are to be borne.
+    """
+    if not strategy:
+        return False
+    from paceline.exchange.axes import mesh
+    from paceline.exchange.strategy import build
+
+    exchange = build(strategy)
+    if exchange.axes or exchange.ranks is not None:
+        mesh(exchange.axes, exchange.ranks, args.processes or base.processes, 0, exchange.text)
+    if exchange.axes and args.workers is not None and ":" in args.workers:
+        message = (
+            f"--workers {args.workers}: under {exchange.text} a rank holds what no other has, so its loss ends the run"
+        )
+        raise UsageError("PL105", message, help="use -n N with --checkpoint, and go on with --resume auto.")
+    return bool(exchange.axes)
 
 
 def _limits(text: str) -> tuple[int, int]:
@@ -281,6 +321,7 @@ def execute(
     hang_after: float | None = None,
     listen: str = "",
     host: Host | None = None,
+    explain: bool = False,
 ) -> int:
     """Make the directory, start, show, and say how it ended; the exit code. See ``crew.Order`` for the arguments.
 
@@ -292,7 +333,7 @@ def execute(
     from paceline.launch.signals import ALL
 
     began = time.monotonic()
-    console = Console(plan, path, as_json)
+    console = Console(plan, path, as_json, explain)
     allow_files(max(plan.processes, plan.workers_max))
     run = RunDirectory.create(path, plan, _record(plan))
     run.complain = lambda text: console.say([text])

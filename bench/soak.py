@@ -24,6 +24,7 @@ from drills.links import links
 from drills.losses import joins, kills
 from drills.mixed import mixed
 from drills.results import exact, numbers
+from drills.servers import servers
 from drills.work import Work
 from report import machine, show, write
 
@@ -36,6 +37,7 @@ DRILLS: dict[str, tuple[float, Callable[[Work], None]]] = {  # share of the time
     "exact": (0.10, exact),
     "links": (0.10, links),
     "mixed": (0.26, mixed),
+    "servers": (0.10, servers),
 }
 PR_SET_CHILD_SUBREAPER = 36
 COLUMNS = ("drill", "what", "value", "p50", "p99")

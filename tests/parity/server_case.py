@@ -14,11 +14,13 @@ import paceline
 
 
 class Model(nn.Module):
-    """Tied weights, a frozen layer, a layer that a server may have to share, and one that no gradient reaches."""
+    """A constant buffer, tied weights, a frozen layer, a layer that a server may have to share, and one that no gradient reaches."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: bool = False) -> None:
         super().__init__()
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 400))
         self.first = nn.Linear(10, 400)
+        self.norm = nn.BatchNorm1d(400) if norm else nn.Identity()
         self.frozen = nn.Linear(400, 400)
         self.frozen.requires_grad_(False)
         self.middle = nn.Linear(400, 400)
@@ -28,7 +30,7 @@ class Model(nn.Module):
         self.unused = nn.Linear(3, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.frozen(torch.tanh(self.first(x))))
+        x = torch.tanh(self.frozen(self.scale * torch.tanh(self.norm(self.first(x)))))
         return self.last(torch.tanh(self.tied(torch.tanh(self.middle(x)))))
 
 
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--by-hand", action="store_true", help="set the learning rate without a schedule")
     parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--norm", action="store_true", help="with running statistics")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     torch.manual_seed(7)
@@ -50,7 +53,7 @@ def main() -> None:
         torch.randn(args.rows, 10, dtype=torch.float64, generator=data),
         torch.randint(0, 4, (args.rows,), generator=data),
     )
-    model = Model().double()
+    model = Model(args.norm).double()
     params = [
         {"params": [p for n, p in model.named_parameters() if "bias" in n], "lr": 2e-3},
         {"params": [p for n, p in model.named_parameters() if "bias" not in n], "lr": 1e-3},

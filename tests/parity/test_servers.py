@@ -87,10 +87,12 @@ def test_synchronous_servers_do_what_one_process_does(
     ("strategy", "arguments"),
     [
         ("ps(staleness=inf, late=dc(0.04))", ("--evaluate", "--workers", "2")),
+        ("ps(servers=2, replicas=2)", ("--norm", "--evaluate")),
         *more(("ps(servers=2, staleness=2, late=damp(inverse))", ("--accumulate", "2"))),
         *more(
             ("hogwild()", ()),
-            ("ps()", ()),
+            ("ps()", ("--norm",)),
+            ("ps(staleness=inf, late=dc(memory=0.95), replicas=2)", ("--norm",)),
             ("ps(staleness=1, late=dc(memory=0.95))", ()),
             ("ps(staleness=inf, late=damp(hinge))", ()),
         ),
@@ -233,8 +235,12 @@ def kill(run: Path, name: str) -> None:
     os.kill(next(entry["pid"] for entry in listed if entry["name"] == name), signal.SIGKILL)
 
 
-def disturbed(where: Path, strategy: str, victim: str, after: int, *flags: str) -> tuple[str, Path]:
-    """A run of three workers in which `victim` is killed when `after` updates were applied; what it said, and its directory."""
+def disturbed(where: Path, strategy: str, victim: str, after: int, *flags: str, also: str = "") -> tuple[str, Path]:
+    """A run of three workers in which `victim` is killed when `after` updates were applied; what it said, and its directory.
+
+    Args:
+        also: Another victim, some updates later.
+    """
     run = where / "run"
     arguments = ("--run-dir", str(run), "-n", "3", "--strategy", strategy, *flags)
     script = ("--pause", "0.02", "--epochs", "8", "--out", str(where / "served.pt"))
@@ -245,6 +251,9 @@ def disturbed(where: Path, strategy: str, victim: str, after: int, *flags: str) 
         try:
             wait_for_updates(run, after, process)
             kill(run, victim)
+            if also:
+                wait_for_updates(run, after + 4, process)
+                kill(run, also)
             said, _ = process.communicate(timeout=120)
         except BaseException:
             dump_and_kill(process.pid)

@@ -64,8 +64,13 @@ class Leases(Protocol):
             origin: Those of this worker, as JSON.
         """
 
-    def drawn(self, loader: int, after: str) -> None:
-        """The order of the pass is drawn; the random states since then, as JSON."""
+    def drawn(self, loader: int, after: str, length: tuple[int, int, int]) -> None:
+        """The order of the pass is drawn.
+
+        Args:
+            after: The random states since then, as JSON.
+            length: Batches, rows, and the checksum of the order.
+        """
 
     def origin(self, loader: int, epoch: int) -> str:
         """The random states of a pass that others have begun."""
@@ -112,7 +117,8 @@ class LeasedFeed(Feed):
         if theirs != mine:
             sources.restore(_from_json(theirs))
         order = self._orders[self._epoch] = self._drawn_order(self._epoch)
-        self._leases.drawn(self._index, json.dumps(_to_json(sources.snapshot())))
+        length = len(order.batches), order.rows, order.checksum
+        self._leases.drawn(self._index, json.dumps(_to_json(sources.snapshot())), length)
         while len(self._orders) > _REMEMBERED:
             del self._orders[next(iter(self._orders))]
         return LeasedPass(self._leases, order, self._earlier, self._loader, self._hooks, self._activity)

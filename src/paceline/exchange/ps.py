@@ -26,6 +26,7 @@ def ps(
     buffer: int = 1,
     late: Delay | Damp | None = None,
     where: Literal["process", "host"] = "process",
+    replicas: int = 1,
 ) -> Exchange:
     """Parameter servers: they keep the parameters and step the optimizer; workers push gradients.
 
@@ -41,6 +42,8 @@ def ps(
         backup: Synchronous only: so many workers compute what others have not delivered yet; whoever is first counts.
         buffer: Asynchronous only: so many gradients make one update (FedBuff: Nguyen et al., AISTATS 2022).
         late: What is done about gradients that come late: ``dc(...)`` or ``damp(...)``.
+        replicas: Processes that keep the same part; with 2 either one may die: the other one goes on, and nothing that was
+            acknowledged is lost. With 1 servers begin again from the last checkpoint.
         where: ``host`` keeps the parameters once for all workers of a host, in memory that they read (TensorFlow calls it central
             storage); then there is one server, and updates are synchronous.
 
@@ -52,6 +55,10 @@ def ps(
         said = "a worker would compute with parameters that change under it; hogwild() does that on purpose."
         raise UsageError("PL203", "ps: where=host with staleness or several servers", help=said)
     whole("ps", "servers", servers, MOST_SERVERS)
+    whole("ps", "replicas", replicas, 2)
+    if where == "host" and replicas > 1:
+        said = "workers read the parameters in the very memory in which the server steps them."
+        raise UsageError("PL203", "ps: where=host with replicas", help=said)
     if late is not None and not isinstance(late, (Delay, Damp)):
         raise UsageError("PL203", f"ps: late={late!r} cannot be", help="late is dc(...) or damp(...).")
     rule = Rule(staleness, backup, buffer, late) if isinstance(late, Damp) else Rule(staleness, backup, buffer)
@@ -64,10 +71,10 @@ def ps(
             "ps: late=dc(...) with buffer",
             help="what was read is gone when the buffer is applied; use late=damp(...), or buffer=1.",
         )
-    text = spell(
-        ps, servers=servers, staleness=staleness, backup=backup, buffer=buffer, late=_spelled(late), where=where
-    )
-    return Exchange(Chain(()), text=text, service=Service(servers, rule, delay, one_copy=where == "host"))
+    given = {"servers": servers, "staleness": staleness, "backup": backup, "buffer": buffer, "late": _spelled(late)}
+    text = spell(ps, **given, where=where, replicas=replicas)
+    service = Service(servers, rule, delay, one_copy=where == "host", copies=replicas)
+    return Exchange(Chain(()), text=text, service=service)
 
 
 def hogwild() -> Exchange:

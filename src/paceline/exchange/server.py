@@ -31,6 +31,7 @@ from paceline.exchange.server_protocol import (
     Leave,
     Meet,
     Met,
+    Opened,
     Over,
     Part,
     Piece,
@@ -56,6 +57,7 @@ __all__ = [
     "Leave",
     "Meet",
     "Met",
+    "Opened",
     "Over",
     "Part",
     "Piece",
@@ -149,6 +151,9 @@ class ServerCore:
                 self._stepped(worker, event)
             case Over():
                 self._over(worker, event)
+            case Opened():
+                pool = self.desk.pool
+                pool.opened(pool.course(event.loader, event.epoch), event.batches)
             case Meet():
                 self._met(worker, event)
             case Skip():

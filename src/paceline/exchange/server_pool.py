@@ -188,6 +188,14 @@ class Pool:
                     self.held[worker].remove(batch.piece(part))
         course.returned = {n: lost for n, lost in course.returned.items() if n < batches}
 
+    def opened(self, course: Pass, batches: int) -> None:
+        """So many were opened before a checkpoint was gone back to: those that it does not know are lost, and come back."""
+        if course.closed:
+            return
+        most = batches if course.total is None else min(batches, course.total)
+        course.returned |= dict.fromkeys(range(course.opened, most), True)
+        course.opened = max(course.opened, most)
+
     def applied(self, pieces: list[Piece]) -> None:
         """These are in an update; every batch that they are of is complete."""
         for piece in pieces:

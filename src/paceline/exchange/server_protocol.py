@@ -115,7 +115,17 @@ class Skip:
     pieces: tuple[Piece, ...]
 
 
-Event: TypeAlias = Join | Leave | Ask | Step | Over | Meet | Skip
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A worker of a server that has begun again from a checkpoint knows how far a pass had come: so many batches were opened."""
+
+    worker: str
+    loader: int
+    epoch: int
+    batches: int
+
+
+Event: TypeAlias = Join | Leave | Ask | Step | Over | Meet | Skip | Opened
 
 
 # ---- instructions ------------------------------------------------------------------------------------------------------

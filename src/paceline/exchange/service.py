@@ -15,7 +15,8 @@ class Service:
     """Servers keep the parameters and step the optimizer; workers lease batches, and push gradients.
 
     Attributes:
-        servers: How many processes the parameters are divided among.
+        servers: How many the parameters are divided among.
+        copies: Processes that keep the same part: of two either one may die.
         rule: Of the core, see ``exchange.server``.
         delay: How late gradients are corrected, or None.
         one_copy: The parameters lie once, in memory that all workers of the host read; then there is one server.
@@ -33,6 +34,12 @@ class Service:
     every: int = 1
     by_speed: bool = False
     outer: DelayedNesterov | Elastic | Pairwise | None = None
+    copies: int = 1
+
+    @property
+    def processes(self) -> int:
+        """Of all servers."""
+        return self.servers * self.copies
 
     def describe(self) -> str:
         """What is sent, with whom, when, how merged, and where the optimizer works."""
@@ -69,10 +76,16 @@ class Service:
                 f"  when      {when}",
                 f"  merged    {merged}",
                 *late,
+                f"  survival  {self._describe_survival()}",
                 "optimizer   the script's own, at the server, with its schedules; workers hold no state of it",
                 "gradients   p.grad is the worker's own: clipping acts on each worker's gradient by itself",
             )
         )
+
+    def _describe_survival(self) -> str:
+        if self.copies > 1:
+            return "each server is two processes: what was acknowledged both have, and either may die"
+        return "a server that dies is replaced from the last checkpoint: what was applied since then is trained again"
 
     def _describe_own_steps(self, batches: str, when: str) -> str:
         if self.one_copy:

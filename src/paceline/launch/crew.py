@@ -32,7 +32,7 @@ from paceline.launch.env import VARIABLE, Handoff
 from paceline.launch.host import Host
 from paceline.launch.muster import MOST_WORKERS
 from paceline.launch.rundir import ProcessEntry, RunDirectory, now_text, start_ticks
-from paceline.launch.servers import Servers, strategy_servers
+from paceline.launch.servers import Servers, strategy_copies, strategy_servers
 from paceline.launch.tuning import has_accelerator
 from paceline.terms.activity import Board, Snapshot
 from paceline.terms.errors import UsageError
@@ -199,9 +199,9 @@ class Crew:
         order = self._order
         coordination: Coordination | Host | Servers
         if self._servers:
-            tcp = order.plan.wire == "tcp"
+            tcp, copies = order.plan.wire == "tcp", strategy_copies(order.plan.strategy)
             saves = bool(order.plan.checkpoint)
-            coordination = Servers(self._servers, self._run, saves, self._start_server, order.listen, tcp)
+            coordination = Servers(self._servers, self._run, saves, self._start_server, order.listen, tcp, copies)
         else:
             coordination = order.host or Coordination(order.plan, order.listen, self._run, members)
         coordination.__enter__()
@@ -255,10 +255,10 @@ class Crew:
         self._on_page[slot] = child
         return child
 
-    def _start_server(self, number: int, again: bool) -> Child:
-        """Start one of the parameter servers, `again` where one has died. Raises UsageError PL103."""
+    def _start_server(self, number: int, again: bool, replaces: bool = False) -> Child:
+        """Start one of the parameter servers, `again` where all have ended, or one in the place of one. Raises UsageError PL103."""
         place = self._place(0, len(self._on_page) + number, secrets.token_hex(16))
-        place = replace(place, name=f"server-{number}", serves=number)
+        place = replace(place, name=f"server-{number}", serves=number, replaces=replaces)
         try:
             return self._spawn(replace(place, plan=replace(place.plan, resume="auto")) if again else place, -1)
         except OSError as error:

@@ -13,9 +13,11 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -23,6 +25,8 @@ from typing import Any
 from paceline.launch import callee
 from paceline.launch.ending import cause
 from paceline.launch.local import Launcher, Order, Outcome
+from paceline.launch.rundir import RunDirectory
+from paceline.launch.servers import strategy_servers
 from paceline.launch.tuning import Machine, allow_files, check_processes, choose
 from paceline.observe import failure
 from paceline.observe.output import Folder, Line
@@ -51,18 +55,26 @@ def launch_function(
     n = _count(fn, processes, n)
     check_processes(n)
     described = describe(fn, arguments)
-    settings = choose(Machine.here(), n, os.environ, threads=threads(strategy))
+    servers = strategy_servers(check(strategy))
+    settings = choose(Machine.here(), n, os.environ, threads=threads(strategy), servers=servers)
     plan = Plan(
         script=f"{fn.__module__}:{fn.__qualname__}",
         processes=n,
         strategy=check(strategy),
         threads=settings.threads,
         settings=settings.given,
+        workers_min=n if servers else 0,
+        workers_max=n if servers else 0,
     )
     allow_files(n)
     view = _Quiet(n)
     catch = [signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
-    outcome = Launcher(Order(plan, True, described), view, None, catch).execute()
+    with ExitStack() as stack:
+        run = None
+        if servers:  # their logs lie somewhere, for what is said when one dies
+            home = stack.enter_context(tempfile.TemporaryDirectory(prefix="paceline-"))
+            run = RunDirectory.create(Path(home) / "run", plan, {})
+        outcome = Launcher(Order(plan, True, described), view, run, catch).execute()
     view.close()
     return _results(outcome, n)
 
@@ -97,7 +109,7 @@ def _results(outcome: Outcome, n: int) -> list[Any]:
     if first is not None:
         told = "\n".join(_cause_in_full(failure.render(outcome.failures, n)))
         raise PacelineError(failure.code(first), told.partition("] on ")[2], help=first.get("help"))
-    return [outcome.results[rank] for rank in range(n)]
+    return [outcome.results[number] for number in sorted(outcome.results)]  # who replaces a worker has a higher one
 
 
 def _cause_in_full(lines: Sequence[str]) -> list[str]:

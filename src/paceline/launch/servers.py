@@ -26,18 +26,22 @@ from paceline.observe.failure import signal_name
 _FAREWELL = 10.0  # seconds that servers have to end when all workers have
 _PAUSE = 0.01
 _RESTARTS = 20  # of one run; more have a cause that starting again does not mend
+_REPLACED = 1000  # copies
+_NOBODY_HAS_IT = ("PL460", "PL465")  # faults of a server whose state is gone
 
 
 class Servers:
     """The servers' processes. A context manager.
 
     Args:
-        count: How many.
+        count: How many, copies included.
         run: For their logs, and the secret.
         saves: The run makes checkpoints, from which other servers can take over.
-        start: Starts the process of a server, given its number and whether it takes over.
+        start: Starts the process of a server, given its number, whether all begin again from a checkpoint, and whether it replaces
+            one whose copy lives.
         listen: ``HOST`` or ``HOST:PORT`` where launchers of other machines knock; servers then listen on TCP ports of that host too.
         tcp: Workers of this machine use TCP as well, without shared memory.
+        copies: Processes of each server; first all first ones, then all second ones.
 
     Attributes:
         addresses: Where they listen, the lead first.
@@ -54,9 +58,10 @@ class Servers:
         count: int,
         run: RunDirectory,
         saves: bool,
-        start: Callable[[int, bool], Child],
+        start: Callable[[int, bool, bool], Child],
         listen: str = "",
         tcp: bool = False,
+        copies: int = 1,
     ) -> None:
         self._run, self._saves, self._start = run, saves, start
         host, port = host_and_port(listen)
@@ -66,7 +71,8 @@ class Servers:
         self.children: list[Child] = []
         self._last_words: dict[str, str] = {}
         self._faults: dict[str, str] = {}
-        self._restarts = 0
+        self._copies, self._restarts, self._replaced = copies, 0, 0
+        self._empty: set[str] = set()  # copies that have not said that they have their state
         self._somebody_finished = False
         self.lost = ""
 
@@ -92,7 +98,8 @@ class Servers:
     def begin(self) -> None:
         """Start them all."""
         for number in range(len(self.addresses)):
-            self.children.append(self._start(number, False))
+            self.children.append(self._start(number, False, False))
+        self._empty_second_copies()
 
     def open(
         self,
@@ -153,8 +160,12 @@ class Servers:
             if report["kind"] == "fault":
                 message = (str(report.get("message", "")).splitlines() or [""])[0]
                 self._faults[child.name] = f"{report.get('code') or report.get('type')}: {message}"
-            elif report["kind"] == "notice":
+            elif report["kind"] == "notice" and "copy" not in report:
                 self._say([f"{child.name}: {report.get('message')}"])
+            elif report["kind"] == "notice":
+                self._empty.discard(child.name)
+                if self._replaced:
+                    self._say([str(report["message"])])
         if count == 0:
             self._selector.unregister(child.report_fd)
         return count
@@ -176,10 +187,21 @@ class Servers:
             self._lose(child)
 
     def _lose(self, child: Child) -> None:
-        """A server is gone, and with it what it kept: others take over from the last checkpoint, all of them, or the run is lost."""
+        """A server is gone. Its copy has what it kept; where there is none, all begin again from the last checkpoint, or the run is lost."""
         assert child.status is not None
+        number = self.children.index(child)
+        copied = self._copy_of(number)
         how = f"{child.name} {self._how(child)}"
-        if child.status > 0 or not self._saves or self._restarts >= _RESTARTS:
+        if copied is not None and child.status > 0:  # another process would fail as well
+            self._say([f"{how}; {copied.name} goes on alone"])
+            return
+        if copied is not None and self._replaced < _REPLACED:
+            self._replaced += 1
+            self._say([f"{how}; {copied.name} goes on with all that was acknowledged, and gets a new copy"])
+            self._replace(number)
+            return
+        failed = child.status > 0 and not self._faults.get(child.name, "").startswith(_NOBODY_HAS_IT)
+        if failed or not self._saves or self._restarts >= _RESTARTS:
             self.lost = how
             return
         self._restarts += 1
@@ -188,9 +210,30 @@ class Servers:
             other.signal(signal.SIGKILL)
         self._say([f"{how}; servers are started again from the newest checkpoint, and workers wait for them"])
         for number in range(len(self.addresses)):
-            other = self._start(number, True)
+            other = self._start(number, True, False)
             self.children.append(other)
             self._listen_to(other)
+        self._empty_second_copies()
+        self._enlist()
+
+    def _empty_second_copies(self) -> None:
+        self._empty = {child.name for child in self.children[len(self.children) // self._copies :]}
+
+    def _copy_of(self, number: int) -> Child | None:
+        """The other copy of a server, if there is one, and it lives, and has its state."""
+        half = len(self.addresses) // self._copies
+        other = self.children[(number + half) % len(self.children)] if self._copies > 1 else None
+        if other is None or other.status is not None or _has_ended(other):
+            return None
+        while other.report_fd in self._selector.get_map() and self._on_reports(other) > 0:
+            pass
+        return None if other.name in self._empty else other
+
+    def _replace(self, number: int) -> None:
+        """Start a process that gets its state from the copy that is left."""
+        child = self.children[number] = self._start(number, False, True)
+        self._empty.add(child.name)
+        self._listen_to(child)
         self._enlist()
 
     def _how(self, child: Child) -> str:
@@ -198,7 +241,8 @@ class Servers:
         if child.name in self._faults:
             return f"has failed: {self._faults[child.name]}"
         if child.status < 0:
-            return f"was killed by {signal_name(-child.status)}, and with it the parameters that it kept"
+            kept = "" if self._copies > 1 else ", and with it the parameters that it kept"
+            return f"was killed by {signal_name(-child.status)}{kept}"
         words = self._last_words.get(child.name, "")
         return f"ended with exit status {child.status}{': ' + words if words else ''}"
 
@@ -219,10 +263,19 @@ def _has_ended(child: Child) -> bool:
 
 
 def strategy_servers(strategy: str) -> int:
-    """How many servers this strategy has."""
+    """How many processes of servers this strategy has, copies included."""
+    return _service(strategy)[0]
+
+
+def strategy_copies(strategy: str) -> int:
+    """How many of them keep the same."""
+    return _service(strategy)[1]
+
+
+def _service(strategy: str) -> tuple[int, int]:
     if not strategy:
-        return 0
+        return 0, 1
     from paceline.exchange.strategy import build
 
     service = build(strategy).service
-    return service.servers if service is not None else 0
+    return (service.processes, service.copies) if service is not None else (0, 1)

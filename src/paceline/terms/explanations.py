@@ -358,8 +358,9 @@ EXPLANATIONS: dict[str, Explanation] = {
     "PL460": Explanation(
         "a parameter server is gone",
         "The process that kept (a part of) the parameters has ended, or cannot be reached. What it had applied since the last checkpoint "
-        "is lost with it.",
-        "`paceline run ... --resume auto` goes on from the newest checkpoint; save more often with `--checkpoint every=30s`.",
+        "is lost with it, unless there are two copies of each server.",
+        "`paceline run ... --resume auto` goes on from the newest checkpoint; save more often with `--checkpoint every=30s`, or survive it "
+        "with `ps(replicas=2)`.",
     ),
     "PL461": Explanation(
         "job.weight cannot be used here",
@@ -377,6 +378,19 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The optimizer steps at the server. What decides about steps or learning rates elsewhere, or keeps parameters on another device, "
         "would be out of step with it.",
         "adopt the schedule; train in float32 or bfloat16 without a GradScaler; leave the model on the CPU; or use ddp().",
+    ),
+    "PL465": Explanation(
+        "both copies of a parameter server are gone",
+        "The second process ended before a new one had the state of the first. What was applied since the last checkpoint is gone with them.",
+        "all servers begin again from the newest checkpoint where there is one (`--checkpoint every=30s`); two deaths within the seconds "
+        "that a new process takes to start are most often one cause: look at the memory of the machine.",
+    ),
+    "PL466": Explanation(
+        "two copies of a parameter server came to different parameters",
+        "Both are told the same in the same order, and step the script's own optimizer. Its steps depend on something else: random numbers, "
+        "a clock, or the memory that it was given; or a bit has flipped. The first copy's parameters are those of the run, and a new second "
+        "one is made from them.",
+        "if it comes again and again, leave `replicas` out and save often (`--checkpoint every=30s`), or make the optimizer deterministic.",
     ),
     "PL501": Explanation(
         "a rank left its loop early",

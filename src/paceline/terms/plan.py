@@ -112,6 +112,7 @@ class Place:
         servers: Addresses of the run's parameter servers, the lead first; empty when the strategy has none.
         doors: Where the servers listen for workers of other machines; for servers only.
         serves: Which of the servers this process is, or -1.
+        replaces: It stands in for a server that has died, and gets its state from that one's copy, or not at all.
     """
 
     rank: int = 0
@@ -135,6 +136,7 @@ class Place:
     servers: tuple[str, ...] = ()
     doors: tuple[str, ...] = ()
     serves: int = -1
+    replaces: bool = False
 
     @property
     def plain(self) -> bool:

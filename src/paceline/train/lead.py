@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ from paceline.exchange.server import (
     Leave,
     Meet,
     Met,
+    Opened,
     Over,
     Piece,
     Refuse,
@@ -31,8 +31,8 @@ from paceline.exchange.server import (
     Skip,
     Step,
 )
+from paceline.exchange.server_whole import hear_core, tell_core
 from paceline.exchange.service import Service
-from paceline.terms.errors import StepError
 from paceline.terms.event import Event as Report
 from paceline.terms.event import Sink
 from paceline.train.ledger import Ledger, Range
@@ -42,16 +42,21 @@ from paceline.train.talk import Say
 
 _ORIGINS = 64
 _TOGETHER = 20.0  # seconds that the first worker waits for the others
+_WHOLE = (
+    *("_stream", "_members", "_ended", "_group", "samples", "round", "_steps", "_pace", "_done", "_passes", "_origins"),
+    *("_after", "_restored", "_orders", "_awaited", "_waiting", "_first", "_between"),
+)
 _REPORT_EVERY = 1.0  # seconds between two reports of staleness
 
 
 class Hands(Protocol):
     """See ``serve.Server``."""
 
-    shard: Shard
-
+    @property
+    def shard(self) -> Shard: ...
     def carry_out(self, entry: Mapping[str, Any]) -> None: ...
     def collect(self) -> list[PieceState]: ...
+    def afterwards(self, do: Callable[[], None], *, version: int = 0) -> None: ...
 
 
 class Lead:
@@ -59,27 +64,31 @@ class Lead:
 
     Args:
         service: What the strategy asks of servers.
-        ledger: Where committed rows go.
+        ledger: Opens the file that committed rows go to.
         sink: Where events go.
         stream: The random state that orders are drawn from, for all workers.
         workers: How many the run begins with.
 
     Attributes:
         done: All workers have ended well.
+        now: Seconds, of a clock that all copies of the lead share; set before anything else is called.
         on_boundary: Called between two updates, with the number of those that are applied.
     """
 
     def __init__(
         self,
         service: Service,
-        ledger: Ledger,
+        ledger: Callable[[], Ledger],
         sink: Sink,
         stream: bytes,
         workers: int,
     ) -> None:
         rule = service.rule
         self.core = ServerCore(rule)
-        self._ledger, self._sink, self._stream = ledger, sink, stream
+        self._open, self._sink, self._stream = ledger, sink, stream
+        self._ledger = Ledger(None, lambda error: None)
+        self._from: tuple[int, list[Range]] | None = None  # what the ledger goes on from
+        self.now = 0.0
         self.on_boundary: Callable[[int], None] = lambda version: None
         self._members: list[str] = []  # in the order in which they came
         self._ended: set[str] = set()
@@ -103,6 +112,20 @@ class Lead:
         """The server is there. `others`: servers that have not entered yet; no worker begins before they have."""
         self._hands, self._awaited = hands, others
 
+    def answers(self, since: int | None = None) -> None:
+        """This copy of the lead keeps the ledger from now on; the one before has kept it up to version `since`."""
+        self._ledger = self._open()
+        begins = self._from if since is None else (since, [])
+        if begins is not None:
+            self._ledger.resumed(*begins)
+
+    def close(self, *, ended: bool) -> None:
+        """The run is over."""
+        if ended:
+            self.report(last=True)
+            self._ledger.end(self.core.version, ())
+        self._ledger.close()
+
     @property
     def done(self) -> bool:
         """Everybody who came has ended, and somebody well."""
@@ -111,33 +134,34 @@ class Lead:
     # ---- what comes -------------------------------------------------------------------------------------------------
     def entered(self) -> None:
         """Another server is there."""
-        self._awaited -= 1
+        self._awaited = max(0, self._awaited - 1)
         self.admit()
 
     def admit(self) -> None:
         """Let workers in who wait. The first ones begin together; later ones never between two points where all meet."""
-        late = bool(self._members) or self.core.version > 0
-        early = len(self._waiting) < self._workers and time.monotonic() - self._first < _TOGETHER
-        if self._awaited or (self._members and self._between) or (not late and early):
+        if not self.may_admit(self.now):
             return
         waiting, self._waiting = self._waiting, []
         for name in sorted(waiting, key=lambda name: (len(name), name)):
             self._join(name)
 
+    def may_admit(self, now: float) -> bool:
+        """Somebody waits, and may come in."""
+        late = bool(self._members) or self.core.version > 0
+        early = len(self._waiting) < self._workers and now - self._first < _TOGETHER
+        held = self._awaited or (self._members and self._between) or (not late and early)
+        return bool(self._waiting) and not held
+
     def welcome(self) -> dict[str, Any]:
         """What a worker is told at first."""
         return {"stream": base64.b64encode(self._stream).decode()}
 
-    def hear(self, name: str, kind: int, meta: Mapping[str, Any]) -> None:
-        """A message of a worker. Raises StepError PL462 for one that makes no sense."""
-        try:
-            act = self._understand(name, kind, meta)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StepError("PL462", f"{name}: a message of kind {kind} that makes no sense ({error!r})") from error
-        act()
+    def understand(self, name: str, kind: int, meta: Mapping[str, Any]) -> Callable[[], None]:
+        """What is to be done about a message of a worker; nothing is done yet.
 
-    def _understand(self, name: str, kind: int, meta: Mapping[str, Any]) -> Callable[[], None]:
-        """What is to be done about a message; nothing is done yet."""
+        Raises:
+            KeyError, TypeError, ValueError: It makes no sense.
+        """
         match kind:
             case Say.STEP:
                 covers = tuple(Piece(*piece) for piece in meta["covers"])
@@ -152,6 +176,9 @@ class Lead:
                 place = int(meta["loader"]), int(meta["epoch"])
                 order = int(meta["batches"]), int(meta["rows"]), int(meta["order"])
                 return partial(self._over, name, place, order)
+            case Say.OPENED:
+                opened = Opened(name, int(meta["loader"]), int(meta["epoch"]), int(meta["batches"]))
+                return partial(self._take, opened)
             case Say.PASS:
                 place = int(meta["loader"]), int(meta["epoch"])
                 return partial(self._begins, name, place, str(meta["origin"]), fresh=bool(meta["fresh"]))
@@ -163,12 +190,16 @@ class Lead:
             case Say.MEET:
                 return partial(self._meet, Meet(name, str(meta["tag"]), str(meta["note"])), meta["stream"])
             case Say.BYE:
-                return partial(self._ended.add, name)
+                return partial(self._bye, name)
         raise ValueError("it means nothing here")
+
+    def _bye(self, name: str) -> None:
+        self._ended.add(name)
+        self._hands.carry_out({"do": "bye", "worker": name})
 
     def _pushed(self, step: Step) -> None:
         """Measure how fast the worker is: batches a second, half of it what it was before."""
-        now = time.monotonic()
+        now = self.now
         since, rate = self._pace.get(step.worker, (now, 0.0))
         fresh = len(step.covers) / (now - since) if now > since else 0.0
         self._pace[step.worker] = now, (fresh + rate) / 2 if rate else fresh
@@ -184,7 +215,7 @@ class Lead:
 
     def _ready(self, name: str) -> None:
         self._waiting.append(name)
-        self._first = self._first or time.monotonic()
+        self._first = self._first or self.now
         self.admit()
 
     def _asked(self, ask: Ask, epoch: int) -> None:
@@ -239,7 +270,7 @@ class Lead:
     def _take(self, event: Event) -> None:
         if isinstance(event, Step):  # by now schedules have stepped after the last update
             self.on_boundary(self.core.version)
-        for instruction in self.core.handle(event, time.monotonic()):
+        for instruction in self.core.handle(event, self.now):
             entry = self._entry(instruction)
             if entry is not None:
                 self._hands.carry_out(entry)
@@ -272,7 +303,7 @@ class Lead:
             case Closed(loader, epoch, batches):
                 self._done.pop((loader, epoch), None)
                 _, rows, order = self._orders.get((loader, epoch), (batches, 0, 0))
-                self._ledger.epoch_end(loader, epoch, rows, batches, True, order)
+                self._hands.afterwards(lambda: self._ledger.epoch_end(loader, epoch, rows, batches, True, order))
         return None
 
     def applied(self, version: int, messages: Sequence[Mapping[str, Any]], *, skip: bool) -> None:
@@ -282,11 +313,10 @@ class Lead:
         self._steps += sum(int(message["steps"]) for message in messages)
         for row in ranges:
             self._done.setdefault((row[0], row[1]), []).append(row)
-        self._ledger.commit(version, ranges, skipped=skip)
-        now = time.monotonic()
-        if now - self._reported > _REPORT_EVERY:
-            self._reported = now
-            self.report()
+        self._hands.afterwards(lambda: self._ledger.commit(version, ranges, skipped=skip), version=version)
+        if self.now - self._reported > _REPORT_EVERY:
+            self._reported = self.now
+            self._hands.afterwards(self.report)
 
     def about(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """What the worker that goes on is told."""
@@ -330,7 +360,22 @@ class Lead:
         }
         for row in state["done"]:
             self._done.setdefault((row[0], row[1]), []).append(tuple(row))
-        self._ledger.resumed(self.core.version, [row for rows in self._done.values() for row in rows])
+        self._from = self.core.version, [row for rows in self._done.values() for row in rows]
+
+    def whole(self) -> dict[str, Any]:
+        """All of it, also in the middle of an update, for a second copy."""
+        return {
+            "core": tell_core(self.core),
+            **{name: getattr(self, name) for name in _WHOLE},
+            "_ended": sorted(self._ended),
+        }
+
+    def take_over(self, whole: Mapping[str, Any]) -> None:
+        """Be as the copy that has told this."""
+        self.core = hear_core(self._rule, whole["core"])
+        for name in _WHOLE:
+            setattr(self, name, whole[name])
+        self._ended = set(self._ended)
 
     def report(self, *, last: bool = False) -> None:
         """Say how late updates were, by worker."""

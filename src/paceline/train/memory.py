@@ -68,6 +68,19 @@ class Memory:
         self.params = views(self.raw_params, params)
         self.buffers = views(self.raw_buffers, buffers)
 
+    @property
+    def via(self) -> str:
+        """For others to map what this process has mapped, as long as this is open; empty where nothing is mapped."""
+        return share_handle(self._fd) if self._fd >= 0 else ""
+
+    def is_at(self, handle: str) -> bool:
+        """Whether `handle` still leads to this memory: the process that named it so lives."""
+        try:
+            there, here = os.stat(handle), os.fstat(self._fd)
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
     def like_params(self, raw: Tensor) -> list[Tensor]:
         """Each parameter in a copy of the parameters' area."""
         return views(raw, self._layout)

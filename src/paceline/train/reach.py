@@ -16,7 +16,8 @@ from paceline.terms.errors import EXPLANATIONS, AdoptError, PacelineError, StepE
 PATIENCE = 60.0
 """Seconds that a worker waits for servers to begin."""
 
-_SOON = 0.02  # seconds between two attempts to connect
+SOON = 0.02
+"""Seconds between two attempts to connect."""
 
 
 def reach(open: Callable[[str], Connection], address: str, check: Callable[[], None]) -> Connection:
@@ -37,7 +38,7 @@ def reach(open: Callable[[str], Connection], address: str, check: Callable[[], N
             if error.code not in ("PL433", "PL431") or time.monotonic() > deadline:
                 raise WireError("PL460", f"the server at {address} cannot be reached: {error.message}") from error
         check()
-        time.sleep(_SOON)
+        time.sleep(SOON)
 
 
 def refused(meta: Mapping[str, Any]) -> PacelineError:

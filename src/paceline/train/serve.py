@@ -3,453 +3,399 @@
 It runs the user's script like a worker, and stops where the loop begins. Then it listens, and one thread does everything, one
 message after another. Server 0 is the *lead*: it runs the core, which decides the order of all updates, and keeps the ledger. The
 others carry out the lead's entries in that order, each as soon as the pushes that it needs have come.
+
+Where a server has two copies (``exchange.server_copy``), what it does follows from what it hears, in order: so whatever comes is
+*heard* by the first copy, becomes a record, and is *carried out* by both. What is said thereupon waits (:meth:`Server.afterwards`).
 """
 
 from __future__ import annotations
 
-import os
-import re
-import selectors
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any
 
-import torch
-
+from paceline.exchange.server_copy import (
+    Ack,
+    Begin,
+    Carry,
+    Copy,
+    End,
+    Event,
+    Forget,
+    Forward,
+    Give,
+    Heard,
+    Release,
+    Role,
+)
+from paceline.exchange.server_numbered import Numbered
 from paceline.exchange.service import Service
 from paceline.group.frames import Frame
-from paceline.group.secure import Connection, Listener, connect
-from paceline.terms.errors import Aborted, AdoptError, PacelineError, PeerLost, StepError
+from paceline.terms.errors import PacelineError, PeerLost, StepError
+from paceline.train import tree as trees
 from paceline.train.keeping import Kept
 from paceline.train.lead import Lead
-from paceline.train.memory import Memory
-from paceline.train.reach import reach
+from paceline.train.links import LEAD, Links, peer
 from paceline.train.rows import heard
-from paceline.train.served_state import PieceState, flatten, unflatten
-from paceline.train.shard import Guest, Part, Shard
-from paceline.train.talk import CAPS, Say
+from paceline.train.served_state import PieceState, unflatten
+from paceline.train.shard import Guest, Shard
+from paceline.train.talk import Say
+from paceline.train.work import Work
 
-_CAME = -1
-_HANDLE = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
-_AT_ONCE = 64  # messages of one connection before the others have their turn
-_BEAT = 0.1  # seconds between two looks at the board
+Message = tuple[int, Mapping[str, Any], Sequence[memoryview], float]
+"""Kind, meta, bulk, and when it came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Something that is to be done when all copies have carried out record `number`.
+
+    Attributes:
+        version: Of an update that it makes known, or 0.
+        what: A message: to whom, and its number.
+    """
+
+    number: int
+    do: Callable[[], None]
+    version: int
+    what: tuple[str, int]
+
+
+_EVERY = 64  # entries, until a server tells the lead that it has heard them
 
 
 class Server:
-    """One server. A context manager; :meth:`run` returns when the run is over.
+    """One server, or one copy of it. :meth:`run` returns when the run is over.
 
     Args:
         kept: What is trained.
         service: What the strategy asks of servers.
-        addresses, doors: Of all servers, for workers of this machine and of others.
-        index: Which of them this is.
-        secret: Of the run.
-        over: Whether the run is being ended.
+        links: Connections with all others.
         lead: Decides, where this is the lead; else None.
+        things: What else the script has adopted.
         workers: How many the run begins with.
         version: Of the parameters; more than 0 where they come from a checkpoint.
 
-    Raises:
-        WireError: PL407, the address cannot be had.
+    Attributes:
+        copy: What this process is among the copies of the server.
+        work: What is done about what comes.
+        ended: The run is over, and the other copy knows.
     """
 
     def __init__(
         self,
         kept: Kept,
         service: Service,
-        addresses: Sequence[str],
-        doors: Sequence[str],
-        index: int,
-        secret: bytes,
-        over: Callable[[], bool],
+        links: Links,
         lead: Lead | None,
+        things: trees.Things,
         workers: int,
         version: int = 0,
     ) -> None:
-        self.shard = Shard(kept, index, service, workers)
-        self.shard.version = version
-        self._kept, self._index, self._over, self._lead = kept, index, over, lead
-        self._guests: dict[int, Guest] = {}
-        self._by_name: dict[str, Guest] = {}
-        self._peers: dict[int, Connection] = {}  # of the lead: the other servers
-        self._servers: dict[int, int] = {}  # their numbers
-        self._entries: deque[Mapping[str, Any]] = deque()
-        self._pulls: list[tuple[int, int]] = []
-        self._connections: dict[int, Connection] = {}
-        self._numbers = count(1)
-        self._came: deque[Connection] = deque()
-        with ExitStack() as stack:
-            self._selector = stack.enter_context(selectors.DefaultSelector())
-            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            stack.callback(os.close, self._bell)
-            self._selector.register(self._bell, selectors.EVENT_READ, _CAME)
-            stack.callback(self._close_all)
-            if lead is None:
-                connection = reach(partial(connect, secret=secret, role="server", caps=CAPS), addresses[0], self._check)
-                connection.send(Say.ENTER, {"index": index, "is": kept.description, "version": version})
-                self._add(connection)
-            for address in (addresses[index], *doors[index : index + 1]):
-                stack.enter_context(Listener(address, secret, "server", self._welcome, caps=CAPS))
-            if lead is not None:
-                lead.begin(self, len(addresses) - 1)
-            self._stack = stack.pop_all()
+        self._kept, self._index, self._lead, self._links = kept, links.index, lead, links
+        self._copies = service.copies
+        self.copy = Copy()
+        self.work = Work(kept, service, links, lead, things, workers, version, self)
+        self._inbox: deque[tuple[str, Message]] = deque()
+        self._later: deque[Later] = deque()
+        self._busy, self.ended = False, False
+        self._heard = self.work.numbered()  # from the lead
+        self._peers: dict[int, Numbered[Any]] = {}
+        self._there: set[int] = set()  # of the other servers
+        self._parts: dict[str, Frame] = {}
+        if lead is not None:
+            self._peers = {number: self.work.numbered() for number in range(1, service.servers)}
+            lead.begin(self, service.servers - 1 + (self._copies > 1))
 
-    def __enter__(self) -> Server:
-        return self
+    @property
+    def shard(self) -> Shard:
+        """What is kept here."""
+        return self.work.shard
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    @property
+    def answers(self) -> bool:
+        """This copy answers."""
+        return self.copy.answers
 
-    def _check(self) -> None:
-        if self._over():
-            raise Aborted("PL404", "the run was ended while this server waited for the lead")
+    @property
+    def idle(self) -> bool:
+        """It is alone, and between two records."""
+        return self.copy.role is Role.ALONE and not self._busy
+
+    @property
+    def leads(self) -> bool:
+        """It is the lead."""
+        return self._lead is not None
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Serve until all workers have ended well, or the run is being ended."""
-        again: set[int] = set()
         while not self._done():
-            again = {link for link in again if self._read(link)}
-            for key, events in self._selector.select(0.0 if again else _BEAT):
-                if key.data == _CAME:
-                    os.eventfd_read(self._bell)
-                elif events & selectors.EVENT_WRITE:
-                    self._flush(key.data)
-                elif key.data not in again and self._read(key.data):
-                    again.add(key.data)
-            while self._came:
-                again.add(self._add(self._came.popleft()))
-            if self._lead is not None:
-                self._lead.admit()
-        for link, guest in list(self._guests.items()):
-            if guest.name not in self._by_name or not guest.gone:
-                self._refuse(link, "PL422", "the run has ended")
+            self._links.turn()
+            self._drain()
+            if self._lead is not None and self.answers and self._lead.may_admit(time.monotonic()):
+                self.hear("", Say.TICK, {})
+        for guest in list(self.work.by_name.values()):
+            if self._lead is not None and self.answers and not guest.gone:
+                self._links.refuse(guest.name, "PL422", "the run has ended")
 
     def _done(self) -> bool:
-        if self._over():
+        if self._links.over() or self.ended:
             return True
         if self._lead is not None:
-            return self._lead.done
-        return not self._connections and not self._came
+            return self.answers and self._lead.done and not self._inbox
+        return self._copies == 1 and self._links.deserted
 
-    def _welcome(self, connection: Connection) -> None:
-        """In the listener's thread."""
-        self._came.append(connection)
-        os.eventfd_write(self._bell, 1)
-
-    def _add(self, connection: Connection) -> int:
-        link = next(self._numbers)
-        self._connections[link] = connection
-        self._selector.register(connection, selectors.EVENT_READ, link)
-        return link
-
-    def _read(self, link: int) -> bool:
-        """Take what has come over a link. True when there may be more."""
-        for _ in range(_AT_ONCE):
-            connection = self._connections.get(link)
-            if connection is None:
-                return False
-            guest = self._guests.get(link)
-            try:
-                frame = connection.poll(self._place_of(guest) if guest is not None else None)
-                if frame is None:
-                    return False
-                self._hear(link, connection, guest, frame)
-            except PacelineError as error:
-                if connection.fileno() < 0 or error.code.startswith("PL43"):
-                    self._drop(link)
-                    return False
-                self._refuse(link, error.code, error.message)
-        return True
-
-    def _place_of(self, guest: Guest) -> Callable[[int, Any, Sequence[int]], list[memoryview]] | None:
-        """Where a push from another host goes."""
-        if guest.memory.shared:
-            return None
-
-        def place(kind: int, meta: Any, lengths: Sequence[int]) -> list[memoryview]:
-            pushed = self._kept.pushed(guest.memory, self._index)
-            return [*pushed, *(memoryview(bytearray(n)) for n in lengths[len(pushed) :])]
-
-        return place
+    def end(self) -> None:
+        """The run is over, and all is said: copies and other servers end too."""
+        if self._copies > 1 and self.answers and not self._links.over():
+            self.hear("", Say.CLOSE, {})
+            self._drain()
+            while self._later and not self._links.over():
+                self._links.turn()
+        self._links.send_all()
 
     # ---- what comes -------------------------------------------------------------------------------------------------
-    def _hear(self, link: int, connection: Connection, guest: Guest | None, frame: Frame) -> None:
-        """Raises StepError PL462 for a message that makes no sense."""
+    def hear(self, source: str, kind: int, meta: Mapping[str, Any], buffers: Sequence[memoryview] = ()) -> None:
+        """Something has come, and makes sense. It is carried out in its turn."""
+        self._inbox.append((source, (int(kind), meta, buffers, time.monotonic())))
+
+    def _drain(self) -> None:
+        while self._inbox and not self._busy and self.answers:
+            source, message = self._inbox.popleft()
+            if message[0] == Say.COLLECT:  # it changes nothing
+                self.work.add({"do": "collect"})
+            else:
+                self.take(Heard(source, message))
+
+    def take(self, event: Event) -> None:
+        """Let the copy's core decide, and do it."""
+        for what in self.copy.handle(event):
+            match what:
+                case Forward(record):
+                    kind, meta, buffers, now = record.message
+                    about = {"number": record.number, "source": record.source, "released": record.released}
+                    self._links.forward(Say.RECORD, {**about, "kind": kind, "now": now, "meta": meta}, buffers)
+                case Carry(_, source, message):
+                    self._carry_out(source, message)
+                    self._release()
+                case Release():
+                    self._release()
+                case Forget(number):
+                    while self._later and self._later[0].number <= number:
+                        self._later.popleft()
+                case Ack(number):
+                    self._links.forward(Say.DONE, {"number": number, "mark": self.work.shard.mark})
+                case Give(number):
+                    self._links.give(number, self._whole())
+                case Begin():
+                    unsaid = [later.version for later in self._later if later.version]
+                    self._links.begin(min(unsaid, default=self.shard.version + 1) - 1)
+                case End():
+                    raise PeerLost("PL465", f"server {self._index} has ended before its second copy had its state")
+
+    def _release(self) -> None:
+        """Do what waited. What follows from the record that is being carried out is not complete yet."""
+        most = self.copy.released - (self._busy and self.copy.released == self.copy.number)
+        while self._later and self._later[0].number <= most:
+            self._later.popleft().do()
+
+    def afterwards(self, do: Callable[[], None], *, version: int = 0, what: tuple[str, int] = ("", 0)) -> None:
+        """Do this when all copies have carried out what it follows from. See :class:`Later`."""
+        self._later.append(Later(self.copy.number, do, version, what))
+
+    def waits(self, what: tuple[str, int]) -> bool:
+        """It will be said, but not yet."""
+        return any(later.what == what for later in self._later)
+
+    def when_known(self, do: Callable[[], None]) -> None:
+        """Do this when the other copy, if there is one, knows all that this one does."""
+        if self.copy.released < self.copy.number:
+            self.afterwards(do)
+        else:
+            do()
+
+    def sense(self, guest: Guest, frame: Frame) -> None:
+        """Raises StepError PL462 for a message of a worker that makes none. Nothing is done yet."""
         try:
-            act = self._understand(link, connection, guest, frame)
+            int(frame.meta["n"]), int(frame.meta["h"])
+            self._understand(guest, frame.kind, frame.meta, frame.buffers)
         except (KeyError, TypeError, ValueError) as error:
             raise StepError("PL462", f"a message of kind {frame.kind} that makes no sense ({error!r})") from error
-        act()
 
-    def _understand(self, link: int, connection: Connection, guest: Guest | None, frame: Frame) -> Callable[[], None]:
-        """What is to be done about a message; nothing is done yet."""
-        meta = frame.meta
-        if guest is None:
-            return self._understand_stranger(link, connection, frame)
-        match frame.kind:
+    def _understand(
+        self, guest: Guest, kind: int, meta: Mapping[str, Any], buffers: Sequence[memoryview]
+    ) -> Callable[[], None]:
+        """What is to be done about a message of a worker."""
+        match kind:
             case Say.STEP:
                 if not 0 <= int(meta["optimizer"]) < len(self._kept.optimizers):
                     raise ValueError("there is no such optimizer")
-                behind = frame.buffers[
-                    len(self._kept.pushed(guest.memory, self._index)) if not guest.memory.shared else 0 :
-                ]
-                return partial(self._pushed, guest, int(meta["seq"]), {**meta, "sparse": heard(meta["sparse"], behind)})
+                bulk = 0 if guest.memory.shared else len(self._kept.pushed(guest.memory, self._index))
+                push = {**meta, "sparse": heard(meta["sparse"], buffers[bulk:])}
+                note = self._lead.understand(guest.name, kind, meta) if self._lead is not None else None
+                return partial(self.work.pushed, guest, int(meta["seq"]), push, note)
             case Say.SCHEDULE:
                 number, args = int(meta["schedule"]), [float(value) for value in meta["args"]]
                 if not 0 <= number < len(self._kept.schedulers):
                     raise ValueError("there is no such schedule")
                 return partial(self.shard.schedule, number, str(meta["which"]), args)
             case Say.PULL:
-                return partial(self._pulled, link, int(meta["version"]))
+                return partial(self.work.pulled, guest.name, int(meta["version"]))
         if self._lead is None:
             raise ValueError("it is for the lead")
-        return partial(self._lead.hear, guest.name, frame.kind, meta)
+        return self._lead.understand(guest.name, kind, meta)
 
-    def _understand_stranger(self, link: int, connection: Connection, frame: Frame) -> Callable[[], None]:
-        meta = frame.meta
-        match frame.kind:
-            case Say.ATTACH:
-                name, handle = str(meta["name"]), str(meta["handle"])
-                if handle and not _HANDLE.fullmatch(handle):
-                    raise ValueError("this is no memory of a process")
-                return partial(self._attach, link, connection, name, str(meta["is"]), handle)
-            case Say.ENTER if self._lead is not None:
-                return partial(self._enter, link, connection, int(meta["index"]), str(meta["is"]), int(meta["version"]))
-            case Say.ENTRY if self._lead is None:
-                return partial(self._note, meta)
-        raise ValueError("it comes from a stranger")
-
-    def _pushed(self, guest: Guest, seq: int, meta: Mapping[str, Any]) -> None:
-        guest.pushes[seq] = meta
+    def _carry_out(self, source: str, message: Message) -> None:
+        """What every copy does about a record."""
+        kind, meta, _, now = message
         if self._lead is not None:
-            self._lead.hear(guest.name, Say.STEP, meta)
-        self._go_on()
+            self._lead.now = now
+        self._busy = True
+        guest = self.work.by_name.get(source)
+        try:
+            match kind:
+                case Say.ATTACH:
+                    self.work.attach(source, meta)
+                case Say.GONE:
+                    self.work.gone(source, meta)
+                case Say.TICK if self._lead is not None:
+                    self._lead.admit()
+                case Say.COPIED if self._lead is not None:
+                    self._lead.entered()
+                case Say.ENTER if self._lead is not None and int(meta["index"]) not in self._there:
+                    self._there.add(int(meta["index"]))
+                    self._lead.entered()
+                case Say.HEARD:
+                    self._peers[int(meta["index"])].confirm(int(meta["number"]))
+                case Say.CLOSE:
+                    self._tell_servers({"do": "close"})
+                    self.ended = True
+                case Say.ENTRY:
+                    self._entry(meta)
+                case _ if guest is not None and not guest.gone:
+                    self._of_worker(guest, message)
+        finally:
+            self._busy = False
 
-    def _pulled(self, link: int, version: int) -> None:
-        self._pulls.append((link, version))
-        self._answer_pulls()
+    def _of_worker(self, guest: Guest, message: Message) -> None:
+        kind, meta, buffers, _ = message
+        try:
+            if guest.line.hear(meta["n"], meta["h"]):
+                self._understand(guest, kind, meta, buffers)()
+        except (ValueError, StepError) as error:
+            code, text = (error.code, error.message) if isinstance(error, PacelineError) else ("PL462", str(error))
+            self.work.tell({"do": "refuse", "worker": guest.name, "code": code, "message": text})
 
-    def _note(self, entry: Mapping[str, Any]) -> None:
-        self._entries.append(entry)
-        self._go_on()
+    def _entry(self, entry: Mapping[str, Any]) -> None:
+        if not self._heard.hear(entry["n"], 0):
+            return
+        if self._copies > 1 and self._heard.heard % _EVERY == 0:
+            about = {"index": self._index, "number": self._heard.heard}
+            self.afterwards(partial(self._links.post, LEAD, Say.HEARD, about))
+        if entry["do"] == "close":
+            self.ended = True
+        else:
+            self.work.add(entry)
 
-    def _enter(self, link: int, connection: Connection, index: int, theirs: str, version: int) -> None:
-        """Another server is there."""
-        assert self._lead is not None
-        self._check_same(theirs, f"server {index}")
-        if version != self.shard.version:
-            raise AdoptError("PL303", f"server {index} goes on from another checkpoint than the lead")
-        self._peers[link], self._servers[link] = connection, index
-        self._lead.entered()
-
-    def _check_same(self, theirs: str, who: str) -> None:
-        if theirs != self._kept.description:
-            raise AdoptError("PL303", f"{who} has other models, optimizers or schedules than server {self._index}")
-
-    def _attach(self, link: int, connection: Connection, name: str, theirs: str, handle: str) -> None:
-        self._check_same(theirs, name)
-        if name in self._by_name and not self._by_name[name].gone:
-            raise StepError("PL420", f"a worker named {name} is attached already")
-        memory = Memory(self._kept.layout, self._kept.buffer_layout, handle=handle, shared=False)
-        guest = Guest(name, connection, memory)
-        self._guests[link] = self._by_name[name] = guest
-        welcome = self._lead.welcome() if self._lead is not None else {}
-        self._send(link, Say.WELCOME, {**welcome, "handle": self.shard.memory.handle})
-
-    # ---- what is done -----------------------------------------------------------------------------------------------
+    # ---- what the lead has decided ------------------------------------------------------------------------------------
     def carry_out(self, entry: Mapping[str, Any]) -> None:
-        """The lead has decided: do it here, and tell the other servers."""
-        if entry["do"] in ("grant", "met", "refuse", "origin"):
-            self._tell(entry)
+        """Do it here, and tell the other servers."""
+        if entry["do"] in ("grant", "met", "refuse", "origin", "bye"):
+            self.work.tell(entry)
             return
-        for link in list(self._peers):
-            self._send(link, Say.ENTRY, entry)
-        self._entries.append(entry)
-        self._go_on()
+        self._tell_servers(entry)
+        self.work.add(entry)
 
-    def _go_on(self) -> None:
-        """Do what can be done, in order."""
-        while self._entries and self._do(self._entries[0]):
-            self._entries.popleft()
-        self._answer_pulls()
+    def _tell_servers(self, entry: Mapping[str, Any]) -> None:
+        for number, line in self._peers.items():
+            said = {**entry, "n": line.say(entry)}
+            if self.copy.role is Role.ALONE:  # they do it while it is done here
+                self._links.post(peer(number), Say.ENTRY, said)
+                continue
+            say = partial(self._links.post, peer(number), Say.ENTRY, said)
+            self.afterwards(say, what=(peer(number), said["n"]))
 
-    def _do(self, entry: Mapping[str, Any]) -> bool:
-        """Do one entry; False when something that it needs has not come yet."""
-        match entry["do"]:
-            case "apply":
-                return self._apply(entry)
-            case "keep" | "drop":
-                guest = self._who_pushed(entry["worker"], entry["seq"])
-                if guest is None:
-                    return False
-                if entry["do"] == "keep":
-                    self.shard.keep(guest, entry["seq"])
-                else:
-                    self._take(guest, entry["seq"])
-                    self.shard.drop(guest.name, entry["seq"])
-            case "go":
-                self._let_go(entry)
-            case "collect" if self._lead is None:
-                told, tensors = flatten(self.shard.pieces())
-                arrays: list[Any] = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors]
-                parts = [memoryview(array) for array in arrays]
-                (lead,) = [link for link in self._connections if link not in self._guests]
-                self._send(lead, Say.PART, {"pieces": told}, [*self.shard.told(), *parts])
-        return True
-
-    def _apply(self, entry: Mapping[str, Any]) -> bool:
-        found = [(self._who_pushed(name, seq), seq, scale) for name, seq, scale in entry["parts"]]
-        if any(guest is None for guest, _, _ in found):
-            return False
-        parts: list[Part] = []
-        for guest, seq, scale in found:
-            assert guest is not None
-            parts.append(self.shard.part(guest, seq, guest.pushes[seq], scale))
-        self.shard.apply(entry["version"], parts, skip=entry["skip"], partner=entry.get("partner"))
-        for guest, seq, _ in found:
-            assert guest is not None
-            self._take(guest, seq)
-        if self._lead is not None:
-            self._lead.applied(entry["version"], [part.message for part in parts], skip=entry["skip"])
-        return True
-
-    def _who_pushed(self, name: str, seq: int) -> Guest | None:
-        """The worker whose push this is; None when it has not come yet. Workers tell the lead last, so it will come.
-
-        Raises:
-            PeerLost: PL460, it will not: the worker is gone, with what was on its way.
-        """
-        guest = self._by_name.get(name)
-        if guest is None or (guest.gone and seq not in guest.pushes):
-            raise PeerLost("PL460", f"push {seq} of {name} was lost on its way to server {self._index}")
-        return guest if seq in guest.pushes else None
-
-    def _take(self, guest: Guest, seq: int) -> None:
-        """A push is dealt with."""
-        guest.pushes.pop(seq)
-        self._forget(guest)
-
-    def _forget(self, guest: Guest) -> None:
-        """Who is gone, and has left nothing, needs no memory."""
-        if guest.gone and not guest.pushes:
-            self._by_name.pop(guest.name, None)
-            self.shard.forget(guest.name)
-            guest.memory.close()
-
-    def _let_go(self, entry: Mapping[str, Any]) -> None:
-        guest = self._by_name.get(entry["worker"])
-        if guest is None or guest.gone:
-            return
-        link = next(link for link, g in self._guests.items() if g is guest)
-        if entry["seq"] == 0:
-            self.shard.enter(guest.name)
-        buffers = self.shard.put(guest, center=entry["seq"] == 0)
-        meta: dict[str, Any] = {"seq": entry["seq"]}
-        if self._lead is not None:
-            meta |= self._lead.about(entry)
-            if guest.told != self.shard.stamp:
-                guest.told = self.shard.stamp
-                meta["hypers"] = self.shard.settings()
-        self._send(link, Say.GO, meta, buffers)
-
-    def _tell(self, entry: Mapping[str, Any]) -> None:
-        guest = self._by_name.get(entry["worker"])
-        link = next((link for link, g in self._guests.items() if g is guest), None)
-        if link is None:
-            return
-        match entry["do"]:
-            case "grant":
-                self._send(link, Say.GRANT, {"piece": entry["piece"]})
-            case "origin":
-                self._send(link, Say.ORIGIN, {"origin": entry["origin"]})
-            case "met":
-                self._send(link, Say.MET, {key: entry[key] for key in ("notes", "rank", "size", "version")})
-            case "refuse":
-                self._refuse(link, entry["code"], entry["message"])
-
-    def _answer_pulls(self) -> None:
-        waiting = []
-        for link, version in self._pulls:
-            if self.shard.version < version:
-                waiting.append((link, version))
-            elif link in self._guests:
-                self._send(link, Say.PULLED, {"version": self.shard.version}, self.shard.put(self._guests[link]))
-        self._pulls = waiting
-
+    # ---- the other servers ----------------------------------------------------------------------------------------------
     def collect(self) -> list[PieceState]:
         """What all servers keep, after the last update; parameters go where they belong. Of the lead; waits for the others.
 
         Raises:
-            PeerLost: One of them is gone.
+            PeerLost: PL460, one of them is gone, and has no second copy.
         """
+        self.shard.read_buffers()
         found = self.shard.pieces()
-        for link in list(self._peers):
-            self._send(link, Say.ENTRY, {"do": "collect"})
-        for link, connection in list(self._peers.items()):
-            frame = self._part_of(link, connection)
-            places = self._kept.answered(self.shard.memory, self._servers[link])
+        self._wait(lambda: self.copy.role is not Role.FIRST or not self._later)
+        self._parts = {}
+        for number in self._peers:
+            self._links.post(peer(number), Say.COLLECT, {})
+        self._wait(lambda: len(self._parts) == len(self._peers))
+        for number in self._peers:
+            frame = self._parts.pop(peer(number))
+            places = self._kept.answered(self.shard.memory, number)
             for place, buffer in zip(places, frame.buffers, strict=False):
                 place[:] = buffer
             found += unflatten(frame.meta["pieces"], frame.buffers[len(places) :])
         return found
 
-    def _part_of(self, link: int, connection: Connection) -> Frame:
-        while True:
-            self._check()
-            frame = connection.try_recv(_BEAT)
-            if frame is not None and frame.kind == Say.PART:
-                return frame
-            self._flush(link)
+    def _wait(self, until: Callable[[], bool]) -> None:
+        """Read what comes, and carry out none of it."""
+        while not until():
+            self._links.check()
+            lost = [number for number in self._peers if not self._links.has(peer(number))]
+            if lost and self._copies == 1:
+                raise PeerLost("PL460", f"server {lost[0]} is gone")
+            busy, self._busy = self._busy, True
+            self._links.turn()
+            self._busy = busy
 
-    # ---- connections ------------------------------------------------------------------------------------------------
-    def _send(self, link: int, kind: Say, meta: Mapping[str, Any], buffers: Sequence[memoryview] = ()) -> None:
-        connection = self._connections.get(link)
-        if connection is not None:
-            connection.post(kind, meta, buffers)
-            self._flush(link)
+    def collected(self, source: str, frame: Frame) -> None:
+        """Another server has told what it keeps."""
+        self._parts[source] = frame
 
-    def _flush(self, link: int) -> None:
-        connection = self._connections.get(link)
-        if connection is None:
-            return
-        try:
-            done = connection.flush()
-        except PacelineError:
-            self._drop(link)
-            return
-        wanted = selectors.EVENT_READ if done else selectors.EVENT_READ | selectors.EVENT_WRITE
-        if self._selector.get_key(connection).events != wanted:
-            self._selector.modify(connection, wanted, link)
+    def knows(self, number: int) -> bool:
+        """This server was connected before."""
+        return number in self._there
 
-    def _refuse(self, link: int, code: str, message: str) -> None:
-        """A worker ends with this error; what it held returns."""
-        self._send(link, Say.REFUSE, {"code": code, "message": message})
-        self._drop(link)
+    @property
+    def heard_entries(self) -> int:
+        """So many entries of the lead have come."""
+        return self._heard.heard
 
-    def _drop(self, link: int) -> None:
-        """A connection has ended."""
-        connection = self._connections.pop(link, None)
-        guest = self._guests.pop(link, None)
-        self._peers.pop(link, None)
-        if connection is not None:
-            self._selector.unregister(connection)
-            connection.close()
-        if guest is not None:
-            guest.gone = True
-            if self._lead is not None:
-                self._lead.left(guest.name)
-            self._forget(guest)
+    def has_entered(self, number: int, heard: int) -> None:
+        """Another server is connected, and has heard so many entries; the rest is said again.
 
-    def _close_all(self) -> None:
-        for link in list(self._connections):
-            connection = self._connections.pop(link)
-            self._selector.unregister(connection)
-            connection.close()
-        while self._came:
-            self._came.popleft().close()
-        for guest in self._by_name.values():
-            guest.memory.close()
+        Raises:
+            ValueError: It cannot be told what it has missed.
+        """
+        self.hear(peer(number), Say.ENTER, {"index": number})
+        again = self._peers[number].again(heard) if self._copies > 1 else []
+        for which, entry in again:
+            if not self.waits((peer(number), which)):
+                self._links.post(peer(number), Say.ENTRY, {**entry, "n": which})
+        if self._busy and peer(number) not in self._parts:  # it was asked in vain
+            self._links.post(peer(number), Say.COLLECT, {})
+
+    # ---- another copy -------------------------------------------------------------------------------------------------
+    def _whole(self) -> trees.Tree:
+        assert not self._later, "this copy is alone: all is said"
+        return {
+            **self.work.whole(),
+            "heard": self._heard.state(),
+            "peers": {number: line.state() for number, line in self._peers.items()},
+            "there": sorted(self._there),
+            "lead": self._lead.whole() if self._lead is not None else None,
+        }
+
+    def take_over(self, whole: trees.Tree) -> None:
+        """Be as the copy that has told this."""
+        self.work.take_over(whole)
+        self._heard.load(whole["heard"])
+        for number, state in whole["peers"].items():
+            self._peers[number].load(state)
+        self._there = set(whole["there"])
+        if self._lead is not None:
+            self._lead.take_over(whole["lead"])

@@ -26,20 +26,20 @@ from paceline.exchange.service import Service
 from paceline.group.frames import Frame
 from paceline.group.secure import Connection
 from paceline.terms.activity import Activity, Phase
-from paceline.terms.errors import Aborted, AdoptError, PacelineError, PeerLost, StepError
+from paceline.terms.errors import Aborted, AdoptError, PeerLost, StepError
 from paceline.terms.plan import Place
 from paceline.train.alone import Alone
 from paceline.train.keeping import Filled, Kept, hypers, set_hypers
 from paceline.train.loop import Loop
 from paceline.train.memory import Memory
-from paceline.train.reach import reach, refused
+from paceline.train.reach import refused
 from paceline.train.rows import told
 from paceline.train.talk import Say
+from paceline.train.way import Way
 
 T = TypeVar("T")
 
-_ORIGINS = 4
-_SLICE = 0.1  # seconds between two looks at the board
+_ORIGINS = 64  # passes that servers which begin again may not know
 
 
 class Served:
@@ -72,7 +72,7 @@ class Served:
         self._place, self._open, self._loop, self._activity, self._on_view = place, connect, loop, activity, on_view
         self._stream_now, self._asked = stream_now, service
         self._alone: Alone | None = None  # where workers step by themselves
-        self._servers: list[Connection] = []
+        self._servers: list[Way] = []
         self._kept: Kept | None = None
         self._memory: Memory | None = None
         self._optimizers: list[Optimizer] = []
@@ -83,6 +83,9 @@ class Served:
         self._summed = False
         self._passes: dict[int, int] = {}
         self._origins: dict[tuple[int, int], str] = {}  # of passes that may be open
+        self._opened: dict[tuple[int, int], int] = {}  # of the same: so many batches
+        self._length: dict[int, tuple[int, int, int]] = {}  # of the pass that a loader is in
+        self._ended: dict[tuple[int, int], tuple[int, int, int]] = {}  # of passes that this worker is through with
         self._seq = self.version = self.staleness = 0
         self._in_pass, self._fresh = False, True
         self._place_now = (0, 1)
@@ -119,17 +122,18 @@ class Served:
         """Become a worker of the servers; what the lead says first."""
         assert self._kept is not None
         assert self._memory is not None
-        self._servers = [reach(self._open, address, self._check) for address in self._place.servers]
-        meta = {"name": self._place.name, "handle": self._memory.handle, "is": self._kept.description}
-        for connection in self._servers:
-            connection.send(Say.ATTACH, meta)
-        welcomes = [self._hear(connection, Say.WELCOME).meta for connection in self._servers]
+        addresses, count = self._place.servers, self._asked().servers
+        self._servers = [
+            Way(addresses[number::count], self._open, self._check, self._place.name) for number in range(count)
+        ]
+        meta = {"handle": self._memory.handle, "is": self._kept.description}
+        welcomes = [way.attach(meta) for way in self._servers]
         if self._asked().one_copy:
             shared = Memory(self._kept.layout, self._kept.buffer_layout, handle=str(welcomes[0]["handle"]))
             self._kept.move_into(shared)
             shared.close()
         self.stream = base64.b64decode(welcomes[0]["stream"])
-        self._lead.send(Say.READY, {})
+        self._send(self._lead, Say.READY, {})
         frame = self._hear(self._lead, Say.GO)
         self._arrived(frame, 0)
         return frame.meta
@@ -145,16 +149,26 @@ class Served:
     def _reconnect(self) -> None:
         """The servers are gone. Wait for those that take over from their last checkpoint; what this worker holds is void."""
         while True:
-            for connection in self._servers:
-                connection.close()
+            for way in self._servers:
+                way.close()
             self._held, self._seq, self._summed, self._factor = [], 0, False, 1.0
             try:
                 self._connect()
                 for (loader, epoch), origin in self._origins.items():
                     self._origin(loader, epoch, origin)
+                    self._tell_opened(loader, epoch)
                 return
             except PeerLost:  # these have died as well
                 continue
+
+    def _tell_opened(self, loader: int, epoch: int) -> None:
+        """How far a pass had come: what the checkpoint does not know is trained again, also of a pass that this worker is past."""
+        place = {"loader": loader, "epoch": epoch}
+        ended = self._ended.get((loader, epoch))
+        batches = ended[0] if ended is not None else self._opened.get((loader, epoch), 0)
+        self._send(self._lead, Say.OPENED, {**place, "batches": batches})
+        if ended is not None:
+            self._send(self._lead, Say.OVER, {**place, "batches": batches, "rows": ended[1], "order": ended[2]})
 
     def _check(self) -> None:
         if self._activity.board.aborted:
@@ -176,11 +190,18 @@ class Served:
 
         with self._activity.during(Phase.WAIT, "a batch"):
             granted = self._lasting(ask)
-        return None if granted is None else Piece(*granted)
+        if granted is None:
+            return None
+        piece = Piece(*granted)
+        place = piece.loader, piece.epoch
+        if piece.parts:
+            self._opened[place] = max(self._opened.get(place, 0), piece.batch + 1)
+        return piece
 
     def over(self, loader: int, epoch: int, batches: int, rows: int, order: int) -> None:
         """See ``data.leased.Leases``."""
         meta = {"loader": loader, "epoch": epoch, "batches": batches, "rows": rows, "order": order}
+        self._opened[loader, epoch] = batches
         self._lasting(lambda: self._send(self._lead, Say.OVER, meta))
 
     def begins(self, loader: int, origin: str) -> tuple[int, str]:
@@ -192,12 +213,13 @@ class Served:
         first = self._lasting(lambda: self._origin(loader, number, origin))
         self._origins[loader, number] = first
         while len(self._origins) > _ORIGINS:
-            del self._origins[next(iter(self._origins))]
+            for known in (self._opened, self._ended, self._origins):
+                known.pop(next(iter(self._origins)), None)
         return number, first
 
-    def drawn(self, loader: int, after: str) -> None:
+    def drawn(self, loader: int, after: str, length: tuple[int, int, int]) -> None:
         """See ``data.leased.Leases``."""
-        self._fresh = False
+        self._fresh, self._length[loader] = False, length
         self._lasting(lambda: self._send(self._lead, Say.DRAWN, {"loader": loader, "after": after}))
 
     def origin(self, loader: int, epoch: int) -> str:
@@ -213,6 +235,8 @@ class Served:
         """See ``data.leased.Leases``."""
         self._flush()
         self._in_pass = False
+        if loader in self._length:
+            self._ended[loader, self._passes[loader]] = self._length[loader]
 
     def _flush(self) -> None:
         """Push the steps that were taken since the last push: a round never goes beyond a pass."""
@@ -304,10 +328,8 @@ class Served:
         self._summed, self._factor = False, 1.0
         seq = self._seq
         try:
-            for server, connection in reversed(
-                list(enumerate(self._servers))
-            ):  # the lead last: then the others have it
-                self._send(connection, Say.STEP, message, [*self._kept.pushed(self._memory, server), *rows])
+            for server, way in reversed(list(enumerate(self._servers))):  # the lead last: then the others have it
+                self._send(way, Say.STEP, message, [*self._kept.pushed(self._memory, server), *rows])
             self._arrived(self._hear(self._lead, Say.GO), seq)
         except PeerLost:  # this gradient is lost; its batch is leased again
             self._reconnect()
@@ -327,8 +349,8 @@ class Served:
         assert self._kept is not None
         assert self._memory is not None
         self._take(frame.meta)
-        for connection in self._servers[1:]:
-            self._hear(connection, Say.GO)
+        for way in self._servers[1:]:
+            self._hear(way, Say.GO)
         if frame.meta["seq"] != seq:
             raise StepError("PL462", f"the server answered push {frame.meta['seq']}, not {seq}")
         self._kept.read_buffers(self._memory)
@@ -362,8 +384,8 @@ class Served:
             values = [float(a) for a in (*args, *kwargs.values()) if a is not None]
 
             def tell() -> None:
-                for connection in self._servers:
-                    self._send(connection, Say.SCHEDULE, {"schedule": number, "which": which, "args": values})
+                for way in self._servers:
+                    self._send(way, Say.SCHEDULE, {"schedule": number, "which": which, "args": values})
 
             self._lasting(tell)
 
@@ -401,43 +423,32 @@ class Served:
     def _pull(self, version: int) -> None:
         assert self._kept is not None
         assert self._memory is not None
-        for connection in self._servers:
-            self._send(connection, Say.PULL, {"version": version})
-        for connection in self._servers:
-            self._hear(connection, Say.PULLED)
+        for way in self._servers:
+            self._send(way, Say.PULL, {"version": version})
+        for way in self._servers:
+            self._hear(way, Say.PULLED)
         self._kept.read_buffers(self._memory)
         self.version = version
 
     # ---- the end --------------------------------------------------------------------------------------------------
     def close(self, *, whole: bool) -> None:
         """The script has ended, well (`whole`) or not. Idempotent."""
-        for number, connection in enumerate(self._servers):
-            try:
-                if whole and number == 0:
-                    connection.send(Say.BYE, {}, timeout=1.0)
-            except PacelineError:
-                pass  # it is gone already
-            connection.close()
+        for number, way in enumerate(self._servers):
+            way.close(bye=whole and number == 0)
         self._servers.clear()
         if self._memory is not None:
             self._memory.close()
 
     # ---- messages -------------------------------------------------------------------------------------------------
     @property
-    def _lead(self) -> Connection:
+    def _lead(self) -> Way:
         return self._servers[0]
 
-    def _send(
-        self, connection: Connection, kind: Say, meta: Mapping[str, Any], buffers: Sequence[memoryview] = ()
-    ) -> None:
+    def _send(self, way: Way, kind: Say, meta: Mapping[str, Any], buffers: Sequence[memoryview] = ()) -> None:
         """Raises PeerLost PL460: the server is gone."""
-        try:
-            connection.send(kind, meta, buffers)
-        except PacelineError as error:
-            self._check()
-            raise PeerLost("PL460", f"the server at {connection.peer} is gone: {error.message}") from error
+        way.send(kind, meta, buffers)
 
-    def _hear(self, connection: Connection, kind: Say) -> Frame:
+    def _hear(self, way: Way, kind: Say) -> Frame:
         """Wait for the message of this kind. Fresh parameters may come before it.
 
         Raises:
@@ -445,16 +456,12 @@ class Served:
             PeerLost: PL460, the server is gone.
         """
         place = (
-            self._kept.place_for(self._memory, self._servers.index(connection))
+            self._kept.place_for(self._memory, self._servers.index(way))
             if self._memory is not None and self._kept is not None
             else None
         )
         while True:
-            try:
-                frame = connection.try_recv(_SLICE, place)
-            except PacelineError as error:
-                self._check()
-                raise PeerLost("PL460", f"the server at {connection.peer} is gone: {error.message}") from error
+            frame = way.hear(place)
             if frame is None:
                 self._check()
             elif frame.kind == Say.REFUSE:
@@ -464,4 +471,5 @@ class Served:
             elif frame.kind == Say.GO:
                 self._arrived(frame, self._seq)
             else:
-                raise StepError("PL462", f"the server at {connection.peer} said {frame.kind} where {kind.name} was due")
+                number = self._servers.index(way)
+                raise StepError("PL462", f"server {number} said {frame.kind} where {kind.name} was due")

@@ -38,7 +38,9 @@ from paceline.train.job import Job
 from paceline.train.keeping import Kept, described
 from paceline.train.lead import Lead
 from paceline.train.ledger import Ledger
+from paceline.train.links import Links
 from paceline.train.loaders import Loaders
+from paceline.train.pair import Tell
 from paceline.train.reach import refuse
 from paceline.train.resume import Resume, choose
 from paceline.train.serve import Server
@@ -94,13 +96,14 @@ class ServedJob(Job):
         """Workers write none: the lead knows what was applied."""
         return None
 
-    def _lead_ledger_path(self) -> Path | None:
+    def _lead_ledger(self) -> Ledger:
         """A lead that takes over from one that died begins a file of its own."""
         run_dir = self._place.run_dir
-        if self._place.serves != 0 or run_dir is None:
-            return None
-        names = (f"{self._place.name}{'' if n == 1 else f'.{n}'}.jsonl" for n in count(1))
-        return next(path for path in (run_dir / "ledger" / name for name in names) if not path.exists())
+        if run_dir is None:
+            return Ledger(None, self._notice_failure)
+        names = (f"server-0{'' if n == 1 else f'.{n}'}.jsonl" for n in count(1))
+        path = next(path for path in (run_dir / "ledger" / name for name in names) if not path.exists())
+        return Ledger(path, self._notice_failure)
 
     # ---- adoption -------------------------------------------------------------------------------------------------
     def use_strategy(self, strategy: str | Exchange) -> None:
@@ -112,7 +115,7 @@ class ServedJob(Job):
         if self._exchange is None:
             self._exchange = build(self._strategy)
         service = self._exchange.service
-        if service is None or service.servers != len(self._place.servers):
+        if service is None or service.processes != len(self._place.servers):
             started = len(self._place.servers)
             raise UsageError("PL209", f"{self._exchange.text}, and {started} servers were started")
         return self._exchange
@@ -162,9 +165,9 @@ class ServedJob(Job):
         resumed = self._resumed()
         kept = self._kept_things(description)
         lead, checkpoints = None, None
-        ledger = Ledger(self._lead_ledger_path(), self._notice_failure)
-        if place.serves == 0:
-            lead = Lead(service, ledger, self._sink, self._streams.capture(), place.plan.processes)
+        if place.serves % service.servers == 0:
+            stream = self._streams.capture()
+            lead = Lead(service, self._lead_ledger, self._sink, stream, place.plan.processes)
             if resumed is not None:
                 lead.restore(resumed)
             if place.run_dir is not None and place.plan.checkpoint:
@@ -176,29 +179,44 @@ class ServedJob(Job):
                     sink=self._sink,
                     step=lead.core.version,
                 )
-                lead.on_boundary = lambda version: checkpoints.at_boundary(version, True)
+
+        def begins(since: int | None) -> None:
+            """This process answers from now on."""
+            if lead is not None:
+                lead.answers(since)
+                if checkpoints is not None:
+                    lead.on_boundary = lambda version: checkpoints.at_boundary(version, True)
+            if since is not None:
+                said = f"{place.name} has taken over from its other copy, after update {server.shard.version}"
+                self._sink(Event("notice", server.shard.version, {"message": said}))
+
+        def joined() -> None:
+            said = f"{place.name} has the state of its other copy, and can take over"
+            self._sink(Event("notice", server.shard.version, {"message": said, "copy": True}))
+
+        def notice(code: str, message: str) -> None:
+            self._sink(Event("notice", server.shard.version, {"code": code, "message": message}))
+
+        tell = Tell(begins, joined, notice, lambda: activity.board.aborted)
         torch.set_num_threads(place.plan.threads)
         activity.enter(Phase.WAIT, "workers")
         version = resumed["core"]["version"] if resumed is not None else 0
+        everybody = (place.servers, place.doors, place.serves, self._secret)
         try:
-            with Server(
-                kept,
-                service,
-                place.servers,
-                place.doors,
-                place.serves,
-                self._secret,
-                lambda: activity.board.aborted,
-                lead,
-                place.plan.processes,
-                version,
-            ) as server:
-                if resumed is not None:
+            with Links(kept, service, *everybody, place.replaces, tell) as links:
+                things = trees.Things(
+                    schedulers=trees.numbered(self._schedulers), kept=self._kept, streams=self._streams
+                )
+                server = Server(kept, service, links, lead, things, place.plan.processes, version)
+                links.start(server)
+                if resumed is not None and not server.shard.scheduled:
                     server.shard.scheduled = resumed["scheduled"]
-                self._sink(Event("serve", 0, {"server": place.serves, "bytes": kept.layout.nbytes_of(place.serves)}))
+                self._sink(Event("serve", 0, {"server": links.index, "bytes": kept.layout.nbytes_of(links.index)}))
                 server.run()
-                if lead is not None and checkpoints is not None:
+                if lead is not None and checkpoints is not None and server.answers:
                     checkpoints.finish(lead.core.version, True, lead.done)
+                server.end()
+                server.work.close()
         except BaseException:
             traceback.print_exc()  # into the server's log: what the terminal shows of it is one line
             raise
@@ -206,15 +224,13 @@ class ServedJob(Job):
             if checkpoints is not None:
                 checkpoints.stand_down()
         if lead is not None:
-            lead.report(last=True)
-            ledger.end(lead.core.version, ())
-        ledger.close()
+            lead.close(ended=server.answers)
 
     def _described(self) -> str:
-        return described(self._models, self._optimizers, self._schedulers, len(self._place.servers))
+        return described(self._models, self._optimizers, self._schedulers, self._asked().servers)
 
     def _kept_things(self, description: str) -> Kept:
-        return Kept(self._models, self._optimizers, self._schedulers, len(self._place.servers), description)
+        return Kept(self._models, self._optimizers, self._schedulers, self._asked().servers, description)
 
     def _whole_state(self, lead: Lead) -> trees.Tree:
         """The state of the run, after the last update: that of :mod:`~paceline.train.tree`, and what the lead knows."""

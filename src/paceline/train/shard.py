@@ -9,6 +9,7 @@ DC-ASGD (Zheng et al., ICML 2017, arXiv 1609.08326): a gradient g that was compu
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from paceline.exchange.outer_step import DelayedNesterov, Elastic, Pairwise
+from paceline.exchange.server_numbered import Numbered
 from paceline.exchange.service import Service
-from paceline.group.secure import Connection
 from paceline.train.keeping import Kept, hypers, set_hypers
 from paceline.train.memory import Memory, views
 from paceline.train.rows import Touched, dense_rows, sparse_sum
 from paceline.train.served_state import PieceState, cut_state, pieces_of
+
+MARKED = 256
+"""Updates from one comparison of two copies to the next."""
 
 _OCCASIONS = 256  # of a schedule that are remembered
 _SQUARE = "delay_square"
@@ -35,6 +39,10 @@ class Guest:
 
     Attributes:
         memory: Its memory, or what has come of it.
+        handle: What it calls that.
+        id: Told by the worker: who has the same name and another id is another one.
+        line: What is said between it and this server.
+        read: The parameters that it computes with, where the correction of delays needs them kept here.
         pushes: Messages of pushes that were not dealt with, by sequence number.
         told: The settings of optimizers that it knows, see ``Shard.stamp``.
         seen: Version of the rows that it was given last.
@@ -42,8 +50,11 @@ class Guest:
     """
 
     name: str
-    connection: Connection
     memory: Memory
+    handle: str = ""
+    id: str = ""
+    line: Numbered[Any] = field(default_factory=Numbered)
+    read: Tensor | None = None
     pushes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     told: int = 0
     seen: int = -1
@@ -100,19 +111,21 @@ class Shard:
             for p, flat in zip(kept.params, self.memory.params, strict=True):
                 flat.view(p.shape).copy_(p)
         kept.move_into(self.memory)
+        kept.fill_buffers(self.memory)
         self._touched = Touched(
             {s.item: kept.layout.items[s.item].rows for s in kept.layout.of(index) if kept.layout.items[s.item].rows}
         )
         self._runs = kept.layout.runs(index, without=self._touched.versions)
         self._apart: dict[str, list[Tensor]] = {}
         self._mean_at = -1  # version of the mean that the memory holds
-        self._aside: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
+        self._aside: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.scheduled: dict[str, list[str]] = {}
         self.groups = [
             [[kept.names[p] for p in group["params"]] for group in optimizer.param_groups]
             for optimizer in kept.optimizers
         ]
         self._pieces = [self._own(optimizer) for optimizer in kept.optimizers]
+        self.mark = [0, 0]
 
     def _own(self, optimizer: torch.optim.Optimizer) -> list[_Piece]:
         """Give the optimizer this server's pieces. Whole parameters stay the objects that they are."""
@@ -149,6 +162,10 @@ class Shard:
             )
         ]
 
+    def read_buffers(self) -> None:
+        """Put the buffers where the models have them."""
+        self.kept.read_buffers(self.memory)
+
     def told(self) -> list[memoryview]:
         """The bytes of this server's parameters, for the lead."""
         self._gather_mean()
@@ -157,16 +174,16 @@ class Shard:
     # ---- what is done, in order -------------------------------------------------------------------------------------
     def keep(self, guest: Guest, seq: int) -> None:
         """Copy a push aside: its memory will be written to."""
-        raw = guest.memory.raw_grads.clone()
-        buffers = guest.memory.raw_buffers.clone()
-        self._aside[guest.name, seq] = (views(raw, self.kept.layout), views(buffers, self.kept.buffer_layout))
+        self._aside[guest.name, seq] = guest.memory.raw_grads.clone(), guest.memory.raw_buffers.clone()
 
     def part(self, guest: Guest, seq: int, message: Mapping[str, Any], scale: float) -> Part:
         """A push that is to be applied, from where it lies."""
         aside = self._aside.pop((guest.name, seq), None)
         if aside is not None:
-            return Part(guest.name, message, scale, aside[0], (), aside[1])
-        return Part(guest.name, message, scale, guest.memory.grads, guest.memory.params, guest.memory.buffers)
+            grads, buffers = views(aside[0], self.kept.layout), views(aside[1], self.kept.buffer_layout)
+            return Part(guest.name, message, scale, grads, (), buffers)
+        read = guest.memory.params if guest.read is None else guest.memory.like_params(guest.read)
+        return Part(guest.name, message, scale, guest.memory.grads, read, guest.memory.buffers)
 
     def drop(self, name: str, seq: int) -> None:
         """Forget a push."""
@@ -192,6 +209,16 @@ class Shard:
                 elif self._service.outer is not None:
                     self._outer_step(counted)
                 self._mix_buffers(counted)
+        if self._service.copies > 1 and version % MARKED == 0:
+            self.mark = [version, self._checksum()]
+
+    def _checksum(self) -> int:
+        """Of this server's parameters: two copies have come to the same bits."""
+        found = 0
+        for begin, end in self.kept.layout.runs(self.index):
+            array: Any = self.memory.raw_params[begin:end].numpy()
+            found = zlib.crc32(array, found)
+        return found
 
     def _heed(self, message: Mapping[str, Any]) -> None:
         """A worker's script has changed settings of an optimizer: they are settings of this one from now on."""
@@ -319,6 +346,46 @@ class Shard:
             for part in parts:
                 own.add_(part.buffers[number], alpha=part.message["weight"] / total)
 
+    # ---- another copy of this server ----------------------------------------------------------------------------------
+    def whole(self) -> dict[str, Any]:
+        """All that another copy must know, as references."""
+        return {
+            "version": self.version,
+            "stamp": self.stamp,
+            "mark": self.mark,
+            "scheduled": self.scheduled,
+            "params": self.memory.raw_params,
+            "buffers": self.memory.raw_buffers,
+            "aside": self._aside,
+            "touched": self._touched.versions,
+            "groups": [
+                [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+                for optimizer in self.kept.optimizers
+            ],
+            "state": [
+                [(dict(optimizer.state.get(piece.param, {})), piece.square) for piece in pieces]
+                for optimizer, pieces in zip(self.kept.optimizers, self._pieces, strict=True)
+            ],
+        }
+
+    def take_over(self, whole: Mapping[str, Any]) -> None:
+        """Be as the copy that has told this."""
+        self.version, self.stamp, self.scheduled = whole["version"], whole["stamp"], whole["scheduled"]
+        self._aside, self.mark = whole["aside"], whole["mark"]
+        self._touched.versions.update(whole["touched"])
+        with torch.no_grad():
+            self.memory.raw_params.copy_(whole["params"])
+            self.memory.raw_buffers.copy_(whole["buffers"])
+        optimizers = zip(self.kept.optimizers, self._pieces, whole["groups"], whole["state"], strict=True)
+        for optimizer, pieces, groups, states in optimizers:
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                group.update(settings)
+            for piece, (state, square) in zip(pieces, states, strict=True):
+                piece.square = square
+                optimizer.state.pop(piece.param, None)
+                if state:
+                    optimizer.state[piece.param] = state
+
     # ---- schedules ------------------------------------------------------------------------------------------------
     def schedule(self, number: int, which: str, args: Sequence[float]) -> None:
         """A worker's script has stepped a schedule; every occasion counts once, whoever tells of it."""
@@ -348,20 +415,34 @@ class Shard:
             self._gather_mean()
         if not center and self._service.apart:
             if guest.memory.shared:
-                guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
+                self._put_buffers(guest)
                 return []
             return self.kept.answered(guest.memory, self.index)
         if guest.memory.shared:
+            self._note_read(guest)
             for begin, end in self._runs:
                 guest.memory.raw_params[begin:end].copy_(self.memory.raw_params[begin:end])
             self._put_rows(guest)
-            if self.index == 0:
-                guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
+            self._put_buffers(guest)
             return []
         for begin, end in self.kept.layout.runs(self.index):  # what was read, for the correction
             guest.memory.raw_params[begin:end].copy_(self.memory.raw_params[begin:end])
         guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
         return self.kept.answered(guest.memory, self.index)
+
+    def _put_buffers(self, guest: Guest) -> None:
+        """They lie where the worker has pushed its own: another copy of this server must have read those (``serve.Answer``)."""
+        if self.index == 0 and self._service.copies == 1:
+            guest.memory.raw_buffers.copy_(self.memory.raw_buffers)
+
+    def _note_read(self, guest: Guest) -> None:
+        """Two copies of a server write what a worker reads next; what it has read, for the correction, must outlast the first."""
+        if self._delay is None or self._service.copies == 1:
+            return
+        if guest.read is None:
+            guest.read = torch.zeros_like(guest.memory.raw_params)
+        for begin, end in self.kept.layout.runs(self.index):
+            guest.read[begin:end].copy_(self.memory.raw_params[begin:end])
 
     def _put_rows(self, guest: Guest) -> None:
         """Of parameters whose gradients are sparse, the rows that have changed since this worker was answered last."""

@@ -35,6 +35,21 @@ class Say(IntEnum):
     DRAWN = 22  # worker, to the lead: the order of a pass is drawn
     PART = 21  # server, to the lead: what it keeps
     ENTRY = 18  # lead, to the other servers: what is to be done, in order
+    COLLECT = 23  # lead, to the other servers: tell what you keep
+    HEARD = 24  # server, to the lead: so many entries
+    RESUME = 25  # worker: I was connected with the copy that is gone, and have heard so much
+    RESUMED = 26  # server: I have heard so much
+    ELSEWHERE = 27  # second copy of a server: the first one lives, and answers
+    COPY = 28  # a new copy, to the one that is there: give me the state
+    WHOLE = 29  # here it is
+    RECORD = 30  # first copy: this is what came
+    DONE = 31  # second copy: it is carried out
+    OPENED = 37  # worker, to the lead: before you began again this pass had come so far
+    HERE = 36  # first copy, now and then: I am here
+    GONE = 32  # never sent: a worker is gone
+    TICK = 33  # never sent: time has passed
+    COPIED = 34  # never sent: there is a second copy
+    CLOSE = 35  # never sent: the run is over
 
 
 CAPS: Caps = {
@@ -43,4 +58,6 @@ CAPS: Caps = {
     int(Say.GO): Cap(meta=1 << 24, bulk=MOST),
     int(Say.PART): Cap(meta=1 << 24, bulk=MOST),
     int(Say.PULLED): Cap(meta=1 << 24, bulk=MOST),
+    int(Say.WHOLE): Cap(meta=1 << 24, bulk=MOST),
+    int(Say.RECORD): Cap(meta=1 << 25, bulk=MOST),
 }

@@ -42,7 +42,7 @@ def test_a_function_with_servers_returns_what_one_process_would(
     want = train(3)
     assert len(got) == 2
     assert all(value == pytest.approx(w, abs=1e-9) for each in got for value, w in zip(each, want, strict=True))
-    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+    assert not list(tmp_path.glob("paceline-*")), "it leaves nothing behind"
 
 
 def test_its_error_is_raised() -> None:

@@ -20,6 +20,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
 parser.add_argument("--stop", type=int, default=-1, help="break off after so many steps")
 parser.add_argument("--begun", type=Path)
+parser.add_argument("--strategy", help="where nobody else says so")
 args = parser.parse_args()
 
 torch.manual_seed(0)
@@ -30,7 +31,7 @@ model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 96), nn.Tanh()
 opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
 schedule = torch.optim.lr_scheduler.StepLR(opt, 5, gamma=0.7)
 train = DataLoader(TensorDataset(x[:720], y[:720]), batch_size=60, shuffle=True)
-job = paceline.job()
+job = paceline.job(args.strategy)
 model, opt, schedule, train = job.adopt(model, opt, schedule, train)
 begun = False
 for _ in job.epochs(2):

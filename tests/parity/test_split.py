@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from support.breadth import more
 from support.parity_table import record
-from tests.support.cli import run_paceline, run_python
+from tests.support.cli import run_command, run_paceline, run_python
 
 CASE = Path(__file__).parent / "train_case.py"
 NORM = Path(__file__).parent / "norm_case.py"
@@ -122,6 +123,19 @@ def test_batch_normalisation_over_all_rows(strategy: str, n: int, tmp_path: Path
     done = run_python(NORM, plain, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
     done = run_paceline("run", NORM, "-n", str(n), "--strategy", strategy, "--", out, cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _same_file(plain, out, ABSOLUTE)
+
+
+@pytest.mark.parametrize("strategy", ["pipeline", *more("fsdp", "tensor")])
+def test_ranks_that_torchrun_has_started(strategy: str, tmp_path: Path) -> None:
+    """The script says how it is split, because nobody else can."""
+    plain, out = tmp_path / "plain.safetensors", tmp_path / "out.safetensors"
+    done = run_python(RESHARD, plain, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    script = (RESHARD, out, "--strategy", strategy)
+    done = run_command((*torchrun, *map(str, script)), cwd=tmp_path, timeout=120, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     _same_file(plain, out, ABSOLUTE)
 

@@ -92,12 +92,23 @@ class Session:
             StepError: The strategy is given after ``adopt`` (PL410).
         """
         if self._job is None:
+            self._decide(strategy)
             self._job = self._make_job()
         if strategy is not None and self._strategy_given:
             self._say_overridden(strategy)
         elif strategy is not None:
             self._job.use_strategy(strategy)
         return self._job
+
+    def _decide(self, strategy: str | Exchange | None) -> None:
+        """Where nobody else can have named it (torchrun, Slurm, MPI) the script says how replicas are split."""
+        if strategy is None or self.place.launcher in ("plain", "paceline"):
+            return
+        from paceline.exchange.strategy import build
+
+        exchange = build(strategy)
+        if exchange.axes:
+            self.place = replace(self.place, plan=replace(self.place.plan, strategy=exchange.text))
 
     def _make_job(self) -> Job:
         from paceline.exchange.strategy import splits

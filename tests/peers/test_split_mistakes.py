@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import run_paceline, show
+from tests.support.cli import run_paceline, run_python, show
 
 SCRIPT = """
 import torch, paceline
@@ -88,3 +88,39 @@ def test_whole_states_and_where_everything_is(tmp_path: Path) -> None:
         assert explained.splitlines()[1].strip() in done.stdout
     assert (tmp_path / "pipeline" / "schedule.svg").read_text().startswith("<svg")
     assert "rank 1" in explained
+
+
+READS = """
+p = model[0].weight
+told = [p.detach().sum().item(), float(p.detach().mean()), p.detach().norm().item(), p.grad.norm().item()]
+told.append(sum((q.detach() ** 2).sum() for q in model.parameters()).item())
+print('read', *(f'{number:.4f}' for number in told))
+"""
+
+
+def test_numbers_of_split_parameters_are_those_of_the_whole(tmp_path: Path) -> None:
+    """Torch gives each rank the part that it holds."""
+    name = script(tmp_path, end=READS)
+    plain = run_python(name, cwd=tmp_path)
+    (expected,) = [line for line in plain.stdout.splitlines() if line.startswith("read")]
+    for strategy in ("fsdp", "tensor"):
+        done = run_paceline("run", name, "-n", "2", "--strategy", strategy, cwd=tmp_path)
+        assert done.returncode == 0, show(done)
+        assert f"[0-1] {expected}" in done.stdout
+
+
+def test_a_penalty_on_split_parameters_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        (SCRIPT % ("", TOGETHER, "")).replace("(model(x), y)", "(model(x), y).add(model[0].weight.square().sum())")
+    )
+    for strategy, code in (("fsdp", "PL513"), ("pipeline", "PL528")):
+        done = run_paceline("run", "script.py", "-n", "2", "--strategy", strategy, cwd=tmp_path)
+        assert done.returncode == 1, show(done)
+        assert f"error[{code}]" in done.stderr, show(done)
+
+
+def test_a_run_that_computes_nothing_ends_well(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text((SCRIPT % ("", TOGETHER, "")).replace("job.epochs(1)", "job.epochs(0)"))
+    done = run_paceline("run", "script.py", "-n", "2", "--strategy", "pipeline", "--run-dir", "r", cwd=tmp_path)
+    assert done.returncode == 0, show(done)
+    assert (tmp_path / "r" / "model.safetensors").exists()

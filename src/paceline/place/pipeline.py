@@ -409,6 +409,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Let go of the group. The model keeps what this rank holds, and has its own forward again."""
+        if self._setting is None:  # nothing was ever computed
+            return
         self.unmark()
         self.model.__dict__.pop("forward", None)
         if getattr(self.model.forward, "__func__", None) is not getattr(self.forward, "__func__", None):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.pipelining import _backward
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from paceline.terms.errors import StepError
 
 
 def after_backward(callback: Callable[[], None]) -> None:
@@ -66,3 +69,30 @@ def weight_half(halves: Any, weights: list[nn.Parameter]) -> None:
             if grad is not None:
                 w.grad = grad if w.grad is None else w.grad + grad
     _backward.stage_backward_weight(iter(weights), groups)
+
+
+def guard_split_numbers() -> None:
+    """Numbers made of split parameters are read whole, and are not mixed with a loss in silence.
+
+    Torch's DTensor gives this rank's part of a sum when it is read (``p.norm().item()``), and where such a number is added to a loss
+    fails somewhere in backward. Here reading adds the parts up, which takes all ranks, and the addition is refused. Idempotent.
+    """
+    dispatcher: Any = cast(Any, DTensor)._op_dispatcher
+    handlers = dispatcher._custom_op_handlers
+    if torch.ops.aten._local_scalar_dense.default in handlers:
+        return
+    handlers[torch.ops.aten._local_scalar_dense.default] = _read_whole
+    replicate = dispatcher._try_replicate_spec_for_scalar_tensor
+
+    def unless_it_learns(op: Any, plain: Tensor, mesh: Any) -> Any:
+        if plain.requires_grad or plain.numel() != 1:
+            raise StepError(
+                "PL513", f"{op}: a parameter of a split model meets a tensor of the script outside of the model"
+            )
+        return replicate(op, plain, mesh)
+
+    dispatcher._try_replicate_spec_for_scalar_tensor = unless_it_learns
+
+
+def _read_whole(op: Any, args: Any, kwargs: Any) -> Any:
+    return op(args[0].full_tensor(), *args[1:], **kwargs)

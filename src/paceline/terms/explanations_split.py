@@ -208,4 +208,9 @@ SPLIT: dict[str, Explanation] = {
         "different steps.",
         "use bf16, which needs no scaler, or `fsdp` or `tensor`.",
     ),
+    "PL513": Explanation(
+        "a parameter of a split model is used outside of the model",
+        "Ranks hold parts of it. A number made of parts, such as a penalty on weights, cannot be added to the loss of this rank's rows.",
+        "compute the penalty inside of the model's forward, or let the optimizer do it: weight_decay.",
+    ),
 }

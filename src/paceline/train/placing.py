@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from paceline.exchange.axes import Mesh
 from paceline.group.wire import Wire
-from paceline.place.torch_private import after_backward
+from paceline.place.torch_private import after_backward, guard_split_numbers
 from paceline.train import adopt as adoption
 from paceline.train.seams import Seams
 from paceline.train.split import Placement, Split, watch
@@ -113,6 +113,7 @@ def place(
         AdoptError: PL5xx, the model cannot be split like this.
     """
     placed = Placed(label, model)
+    guard_split_numbers()
     if layout.axis("pipeline") is not None:
         return _into_stages(layout, group, placed, optimizers, split, wire, tell, hold, seams)
     if layout.axis("tensor") is not None:

@@ -257,9 +257,12 @@ class SplitJob(Job):
         )
         self._placed.append(placed)
         self._states.of_model(model, placed.staged)
-        if self.main and any(isinstance(m, _BatchNorm) for m in model.modules()) and self._mesh.readers > 1:
-            for message in adoption.warnings({label: model}):
-                self._sink(Event("notice", 0, {"message": message}))
+        norms = any(isinstance(m, _BatchNorm) for m in model.modules())
+        told = adoption.warnings({label: model}) if norms and self._mesh.readers > 1 else []
+        if norms and self._mesh.axis("pipeline") is not None:
+            told.append("batch normalisation sees one micro-batch at a time, and counts micro-batches")
+        for message in told if self.main else ():
+            self._sink(Event("notice", 0, {"message": message}))
 
     def _hold(self, label: str, model: nn.Module, held: Named) -> None:
         """What this rank holds of a model is known."""

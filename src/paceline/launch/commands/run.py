@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--explain", action="store_true", help="show where every parameter is, what is exchanged and when")
     add("--plan", type=Path, metavar="FILE", help="repeat the run of a plan.toml; flags given here are stronger")
     if "-h" in sys.argv or "--help" in sys.argv:
-        from paceline.exchange.recipes import RECIPES
+        from paceline.exchange.recipes import summaries
 
-        parser.epilog = f"strategies: {', '.join(sorted(RECIPES))}"
+        parser.epilog = f"strategies: {', '.join(sorted(summaries()))}"
 
 
 def main(args: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ imports: $(READY) types
 	$(BIN)/lint-imports
 
 pytest: $(READY) imports
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 soak: $(READY)
 	LONG_TESTS=1 $(BIN)/python -m pytest --seeds $(SEEDS)

@@ -81,8 +81,10 @@ def test_a_static_method_is_found_again() -> None:
 
 
 def test_what_is_printed_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once where both say it at about the same time, which a busy machine may prevent."""
     paceline.launch(says, 2, text="good morning")
-    assert capsys.readouterr().out == "[0-1] good morning\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["[0-1] good morning"] or sorted(said) == ["[0] good morning", "[1] good morning"]
 
 
 def test_the_earliest_cause_is_the_error() -> None:

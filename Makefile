@@ -3,6 +3,7 @@
 #   make demo     two examples on several processes, in about a minute
 #   make test     format, lint, types, import rules, all tests; stops at the first failure
 #   make soak     the same with every case, thousands of seeds, and drills that take long: hours
+#   make table    the table of split models in the README, from the tests (LONG_TESTS=1: all their cases)
 #   make smoke    the quick part of it, under 30 seconds
 #   make bench    measures, writes bench/results/*.json and prints the tables (make bench QUICK=1: fewer repetitions)
 #   make lint     format, lint, types, import rules
@@ -15,7 +16,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak smoke bench lint format-check ruff types imports pytest clean
+.PHONY: help setup demo test table soak smoke bench lint format-check ruff types imports pytest clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
@@ -70,6 +71,11 @@ pytest: $(READY) imports
 soak: $(READY)
 	LONG_TESTS=1 $(BIN)/python -m pytest --seeds $(SEEDS)
 	PYTHONPATH=tests $(BIN)/python bench/soak.py --for $(MINUTES)
+
+table: $(READY)
+	mkdir -p .build && rm -f .build/parity.jsonl
+	PARITY_RECORD=$(CURDIR)/.build/parity.jsonl $(BIN)/python -m pytest tests/peers/test_shard.py tests/peers/test_tensor.py tests/peers/test_pipeline.py tests/parity/test_split.py
+	PYTHONPATH=tests $(BIN)/python tests/support/parity_table.py .build/parity.jsonl
 
 smoke: $(READY)
 	$(BIN)/ruff check --quiet .

@@ -133,7 +133,7 @@ def test_explain_without_a_code_lists_all(capsys: pytest.CaptureFixture[str]) ->
 def test_make_help_lists_its_targets() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     listed = set(re.findall(r"make (\w+)  ", shown))
-    assert listed == {"demo", "test", "soak", "smoke", "bench", "lint", "clean"}
+    assert listed == {"demo", "test", "table", "soak", "smoke", "bench", "lint", "clean"}
 
 
 def test_the_table_of_split_models_is_that_of_the_tests() -> None:

@@ -128,7 +128,9 @@ def _lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0].partition("] ")[2] or str(error)
-        raise PeerLost("PL534", f"a rank of the pipeline no longer answers: {reason}") from error
+        raise PeerLost(
+            "PL534", f"a rank of the pipeline no longer answers: {str(reason).partition('. ')[0]}"
+        ) from error
 
 
 # ---- tensors that come and go ---------------------------------------------------------------------------------------

@@ -286,7 +286,10 @@ class SplitJob(Job):
         describe = f"strategy    {self._exchange.text}\n{self._mesh.describe()}"
         if self._mesh.replicas > 1:
             rounds = self._exchange.rounds
-            describe += "\nbetween replicas, part by part\n" + self._exchange.chain.describe()
+            lines = self._exchange.chain.describe().splitlines()
+            if rounds is None:  # parts are exchanged together, once they are all there
+                lines = ["  when      when backward has ended" if x.startswith("  when") else x for x in lines]
+            describe += "\n".join(("", "between replicas, part by part", *lines))
             describe += "\n" + rounds.describe() if rounds is not None else ""
         self._sink(Event("adopt", 0, {"strategy": self._exchange.text, "wire": self._wire.name, "describe": describe}))
 

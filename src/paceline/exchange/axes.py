@@ -84,6 +84,10 @@ class Mesh:
         """Which copy of the model this rank is a part of."""
         return self.rank // self.inner
 
+    def among(self, rank: int, size: int) -> Mesh:
+        """The same axes for another rank of another world, of whole replicas."""
+        return replace(self, rank=rank, replicas=size // self.inner)
+
     @property
     def part(self) -> int:
         """Which part of a replica this rank is."""

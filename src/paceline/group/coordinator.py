@@ -239,7 +239,8 @@ class Service:
 def _limits(orders: Mapping[str, Any]) -> Limits:
     times = {name: float(orders[name]) for name in ("heartbeat", "lease") if name in orders}
     first = frozenset(name for name, _ in orders["members"])
-    return Limits(len(first), orders["workers_min"], orders["workers_max"], first=first, **times)
+    unit = int(orders.get("unit", 1))
+    return Limits(len(first), orders["workers_min"], orders["workers_max"], first=first, unit=unit, **times)
 
 
 def main(arguments: list[str]) -> int:

@@ -10,6 +10,9 @@ One process, no rank; workers go on stepping while it is down. Its life of a vie
 
 Joiners come in where every member that stays has left its wire at a step boundary, so never into a step that a death has opened.
 
+Where a replica is split over several workers they are a *unit*: one that has lost a worker is left out whole, one that is not complete
+is not admitted.
+
 Who may be left out without a certificate: silent members (no message for a lease), if the others are more than half of those
 members of the last started view that are not known to be gone; or any silent member if the operator forces it. Durations are of
 this process's monotonic clock only, and time in which it did not run itself counts against nobody.
@@ -18,6 +21,7 @@ this process's monotonic clock only, and time in which it did not run itself cou
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -285,7 +289,7 @@ class Coordinator:
         """The next view, where there is a reason for one and somebody to be in it."""
         kept = self._kept()
         why = self._reason(kept)
-        joiners = self._invited()[: self._room(kept)] if self._calm(kept) else []
+        joiners = self._invited()[: self._room(kept)] if self._calm(kept) else []  # room for whole units
         members = (*kept, *(seat.identity for seat in joiners))
         if not why or not members:
             return
@@ -342,19 +346,29 @@ class Coordinator:
             return []
         voters = self.committed.members if self.committed else ()
         evict = self._forced or self._majority([m for m in voters if m not in self.gone])
-        return [
+        found = [
             m
             for m in self.view.members
             if m not in self.gone and not (self.seats[m].silent and (evict or m not in voters))
         ]
+        broken = {self._unit(m) for m in self.view.members if m not in found and self.gone.get(m) != "finished"}
+        return [m for m in found if self._unit(m) not in broken]
+
+    def _unit(self, identity: Identity) -> tuple[str, int]:
+        """With whom this worker comes and goes."""
+        stem, number, _ = _natural(identity)
+        return stem, number // self.limits.unit
 
     def _majority(self, voters: list[Identity]) -> bool:
         return not voters or 2 * sum(not self.seats[m].silent for m in voters) > len(voters)
 
     def _joiners(self) -> list[Seat]:
-        """Who waits to come in, in the order of their names."""
+        """Who waits to come in, in the order of their names: whole units."""
         inside = self.view.members if self.view else ()
         found = [s for s in self.seats.values() if s.waiting and s.link is not None and s.identity not in inside]
+        if self.limits.unit > 1:
+            there = Counter(self._unit(s.identity) for s in found)
+            found = [s for s in found if there[self._unit(s.identity)] == self.limits.unit]
         return sorted(found, key=lambda seat: _natural(seat.identity)) if len(found) > 1 else found
 
     def _calm(self, kept: list[Identity]) -> bool:
@@ -365,7 +379,8 @@ class Coordinator:
         return all(seat.left == self.committed.epoch and seat.boundary for seat in stay)
 
     def _room(self, kept: Collection[Identity]) -> int:
-        return 0 if self.ending else max(0, self.limits.max_workers - len(kept))
+        room = 0 if self.ending else max(0, self.limits.max_workers - len(kept))
+        return room - room % self.limits.unit
 
     def _pending(self) -> bool:
         """Whether members are to stop at the next step boundary: somebody wants to come in, or has to."""

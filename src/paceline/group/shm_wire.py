@@ -83,7 +83,7 @@ class ShmWire:
         evicted: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.rank, self.size = rank, size
-        self._activity = activity
+        self._board, self._activity, self._evicted = board, activity, evicted
         self._closed = False
         self._pending: list[Pending] = []  # started, and advanced by Python
         self._kernel, self.notice = _choose(kernel, cache_dir, rank)
@@ -99,7 +99,7 @@ class ShmWire:
                 size=size,
             )
             bell = _hang_bell(control, rank, size, self._kernel, self._struct)
-            names = tuple(range(size)) if names is None else tuple(names)
+            self._names = names = tuple(range(size)) if names is None else tuple(names)
             self._patience = Patience(control, bell, board, activity, names, evicted)
             self._rounds = Rounds(self._arena, control, bell, self._patience, names)
             self._lanes = Lanes(self._arena, self._arena.take_committed(size * TABLE_NBYTES), bell)
@@ -107,6 +107,17 @@ class ShmWire:
         except BaseException:
             self._arena.close()
             raise
+
+    def among(self, arena_fd: int, ranks: Sequence[int]) -> ShmWire:
+        """A wire of some of its ranks, this one too. Of whom this one does not wait any more, that one does not either."""
+
+        def evicted() -> list[int]:
+            gone = self._evicted()
+            return [place for place, rank in enumerate(ranks) if rank in gone]
+
+        names = [self._names[rank] for rank in ranks]
+        mine = ranks.index(self.rank)
+        return ShmWire(arena_fd, mine, len(ranks), self._board, self._activity, names=names, evicted=evicted)
 
     # -- memory
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> ShmRegion:

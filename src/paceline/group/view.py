@@ -69,6 +69,8 @@ class Limits:
         min_workers: No epoch starts with fewer.
         max_workers: Joiners above it wait.
         heartbeat, lease: A beat each; silence for a lease makes a member a candidate for eviction.
+        unit: Workers come and go by so many at once, those of one replica that is split over them: numbers 0 to `unit` - 1, the next
+            `unit`, and so on. Who begins fills whole units.
     """
 
     expected: int = 1
@@ -77,6 +79,7 @@ class Limits:
     heartbeat: float = 0.25
     lease: float = 2.0
     first: frozenset[str] = frozenset()
+    unit: int = 1
 
 
 class Kind(IntEnum):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -144,6 +145,12 @@ class Child:
         seen = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOWAIT)
         assert seen is not None
         return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
+
+    def was_killed(self, patience: float) -> bool:
+        """Whether a signal has ended it, or does within so many seconds."""
+        if self.status is None and not select.select([self.pidfd], [], [], patience)[0]:
+            return False
+        return (self.final_status() if self.status is None else self.status) < 0
 
     def reap(self) -> None:
         """Wait for the end, and end what the process has left behind.

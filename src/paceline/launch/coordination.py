@@ -23,6 +23,7 @@ from typing import Any
 
 from paceline.launch.child import Child, spawn
 from paceline.launch.control import Answer, Requests
+from paceline.launch.layout import replica_ranks
 from paceline.launch.line import Line, memory_file
 from paceline.launch.rundir import RunDirectory
 from paceline.observe.failure import signal_name
@@ -171,6 +172,7 @@ class Coordination:
             "workers_min": plan.workers_min,
             "workers_max": plan.workers_max,
             "lease": LEASE,
+            "unit": replica_ranks(plan),
         }
         return json.dumps(told).encode()
 

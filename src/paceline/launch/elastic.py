@@ -19,6 +19,7 @@ from paceline.launch.child import Child
 from paceline.launch.coordination import LEASE, Coordination
 from paceline.launch.crew import Crew
 from paceline.launch.host import Host
+from paceline.launch.layout import replica_ranks
 from paceline.launch.muster import Dismiss, GiveUp, Loss, Muster, Standing, Start, Step, Tell
 from paceline.launch.servers import Servers
 from paceline.observe.failure import Record, signal_name
@@ -31,6 +32,7 @@ from paceline.terms.plan import Plan
 _REFUSED = ("PL420", "PL421", "PL422", "PL423")  # the coordinator does not let this process take part (any more)
 _ENDED = "PL422"  # one of these: it came too late
 _NEVER = -2  # the epoch of a worker that never took part
+_FOLLOWS_S = 0.5  # a torn connection is noticed before the end of the process that held it
 
 
 class Elastic:
@@ -59,7 +61,8 @@ class Elastic:
         self._plan, self._crew, self._coordination = plan, crew, coordination
         self._say, self._began = say, began
         self._joins = isinstance(coordination, Host)
-        self._muster = Muster(crew.children, plan.workers_min, plan.workers_max, joins=self._joins)
+        self._unit = replica_ranks(plan)
+        self._muster = Muster(crew.children, plan.workers_min, plan.workers_max, joins=self._joins, unit=self._unit)
         self._unneeded: set[int] = set()  # who came when the run had ended
         self._faults: dict[int, str] = {}  # by number: why it ended, where that ends nobody else
         self._evicted: set[int] = set()
@@ -105,13 +108,20 @@ class Elastic:
         It does when the coordinator does not let the worker take part, or when one that is still starting fails.
         """
         message = (str(fault.get("message", "")).splitlines() or [""])[0]
-        if fault.get("code") in _REFUSED:
+        if self._unit > 1 and self._lost_a_mate(child):
+            self._faults[child.number] = "could not go on without the lost worker of its replica"
+        elif fault.get("code") in _REFUSED:
             self._faults[child.number] = f"was not let in any more ({message})"
         elif self._replaces(child):
             self._faults[child.number] = f"failed with {fault.get('type')}: {message} (events/{child.name}.jsonl)"
         if fault.get("code") == _ENDED:
             self._unneeded.add(child.number)
         return child.number in self._faults
+
+    def _lost_a_mate(self, child: Child) -> bool:
+        """Another worker of its replica was killed, or is just being: then what it says now follows from that."""
+        mates = [self._crew.children[n] for n in self._muster.mates(child.number) if n in self._crew.children]
+        return any(mate.was_killed(_FOLLOWS_S / len(mates)) for mate in mates)
 
     def certify(self, child: Child, *, well: bool) -> None:
         """A worker has ended."""
@@ -159,6 +169,8 @@ class Elastic:
     def lost(self, child: Child, status: int, record: Record, step: int, now: float, *, replace: bool) -> None:
         """A worker was lost, and is reaped."""
         self._crew.release(child)
+        if self._muster.standing(child.number) is Standing.LOST:  # with another of its replica
+            return
         if child.number in self._unneeded:
             self._do(self._muster.left(child.number, now))
             return
@@ -208,6 +220,9 @@ class Elastic:
 
     def _check_room(self, count: int) -> None:
         room = self._muster.room
+        if count % self._unit:
+            message = f"{count} more workers were asked for, and a replica of the model is split over {self._unit}"
+            raise UsageError("PL112", message, help=f"ask for a multiple of {self._unit}.")
         if count > room:
             message = f"{count} more workers were asked for, and the run has room for {room}"
             raise UsageError("PL112", message, help="the second number of `--workers MIN:MAX` is its limit.")

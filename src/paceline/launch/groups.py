@@ -16,10 +16,12 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 
+from paceline.group import arena
+from paceline.group.shm_wire import ShmWire
 from paceline.group.wire import Wire
 from paceline.launch.connect import JOIN, join_store
 from paceline.terms.activity import Activity, Board
-from paceline.terms.errors import WireError
+from paceline.terms.errors import PeerLost, WireError
 from paceline.terms.plan import Place
 
 if TYPE_CHECKING:
@@ -50,9 +52,9 @@ class Groups:
             groups: Ranks, each in one group.
             wire: Of all ranks.
         """
-        rank = self._place.rank
+        rank = wire.rank
         number, mine = next((i, list(group)) for i, group in enumerate(groups) if rank in group)
-        if wire.name == "shm":
+        if isinstance(wire, ShmWire):
             return self._in_memory(mine, wire)
         from paceline.group.torch_wire import TorchWire
 
@@ -71,22 +73,29 @@ class Groups:
             names=mine,
         )
 
-    def _in_memory(self, mine: Sequence[int], wire: Wire) -> Wire:
+    def _in_memory(self, mine: Sequence[int], wire: ShmWire) -> Wire:
         """The first rank of each group makes an arena, and keeps it open until the others have it."""
-        from paceline.group import arena
-        from paceline.group.shm_wire import ShmWire
-
-        rank = self._place.rank
-        fd = arena.create() if rank == mine[0] else -1
-        handle = arena.share_handle(fd) if fd >= 0 else ""
-        said = wire.gather_bytes("wires between replicas", handle.encode())
-        if fd < 0:
-            fd = arena.open_handle(said[mine[0]].decode())
+        fd = arena.create() if wire.rank == mine[0] else -1
         try:
-            return ShmWire(fd, mine.index(rank), len(mine), self._board, self._activity, names=mine)
-        finally:
+            handle = arena.share_handle(fd) if fd >= 0 else ""
+            said = wire.gather_bytes("wires between replicas", handle.encode())
+            if fd < 0:
+                fd = self._open(said[mine[0]].decode())
+            made = wire.among(fd, mine)
             wire.barrier("wires between replicas")
-            os.close(fd)
+            return made
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    @staticmethod
+    def _open(handle: str) -> int:
+        try:
+            return arena.open_handle(handle)
+        except WireError as error:
+            if os.path.exists(handle.partition("/fd/")[0]):
+                raise
+            raise PeerLost("PL403", "the rank that made the memory of a group died") from error
 
     def replica(self, device: torch.device, layout: Mesh) -> Group:
         """Torch's process group of this rank's replica, with the axes as dimensions of a mesh."""
@@ -97,7 +106,7 @@ class Groups:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         init_process_group(
             backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-            store=PrefixStore(f"replica{layout.replica}", self._rendezvous()),
+            store=PrefixStore(f"replica{self._number(layout)}", self._rendezvous()),
             rank=layout.part,
             world_size=layout.inner,
             timeout=_TIMEOUT,
@@ -106,6 +115,11 @@ class Groups:
         names, sizes = [str(name) for name, _ in reversed(axes)], [n for _, n in reversed(axes)]
         mesh = init_device_mesh(kind, tuple(sizes), mesh_dim_names=tuple(names))
         return Group(mesh, device)
+
+    def _number(self, layout: Mesh) -> int:
+        """Of this replica: one that takes the place of another has a number of its own."""
+        place = self._place
+        return place.rank // layout.inner if place.launcher == "paceline" else layout.replica
 
     def close(self) -> None:
         """Leave torch's group."""

@@ -8,6 +8,9 @@ A worker is *starting* until it takes part in a step for the first time; from th
    :data:`REFILL` seconds after that, so that workers which die as they are started do not keep the machine busy;
 3. after :data:`UNBORN` replacements in a row that were lost before they took part no more are started.
 
+Where a replica is split over several workers they come and go together: numbers 0 to `unit` - 1 are one replica, the next `unit` another.
+When one of them is lost the rest of its replica is ended, and a whole one takes its place.
+
 (That it is dead the coordinator is told before all this: the others wait.) The run is given up when nobody is left who knows its state, or when there are too few and no more are started.
 """
 
@@ -48,7 +51,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Dismiss:
-    """End these workers, who never took part and are not needed any more: politely, or (`now`) with SIGKILL."""
+    """End these workers, who are of no use any more: politely, or (`now`) with SIGKILL."""
 
     numbers: frozenset[int]
     now: bool = False
@@ -93,13 +96,17 @@ class Muster:
         members: Numbers of the workers that the run begins with, one after another.
         minimum, maximum: How many there must and may be.
         joins: The run was begun elsewhere, so those here are still starting.
+        unit: How many workers hold one replica of the model.
 
     Attributes:
         elsewhere: Members that other launchers have started.
         room: How many more may be started.
     """
 
-    def __init__(self, members: Iterable[int], minimum: int, maximum: int, *, joins: bool = False) -> None:
+    def __init__(
+        self, members: Iterable[int], minimum: int, maximum: int, *, joins: bool = False, unit: int = 1
+    ) -> None:
+        self._unit = unit
         self._standing = dict.fromkeys(members, Standing.STARTING if joins else Standing.MEMBER)
         self._next = max(self._standing, default=-1) + 1
         self._minimum, self._maximum = minimum, maximum
@@ -155,11 +162,15 @@ class Muster:
         """A worker was lost; `replace` it unless the run is being stopped."""
         before, self._standing[number] = self._standing[number], Standing.LOST
         starting = before is Standing.STARTING
-        if starting and self._kill_at is not None:
+        if before is Standing.LOST or (starting and self._kill_at is not None):
             return []  # it was dismissed
         self._unborn += starting
+        mates = self._break_up(number)
         who = f"worker-{number}" + ("" if starting else f" (rank {loss.rank})")
         said = [f"{who} {loss.what}" + (" before it took part" if starting else "")]
+        if mates:
+            names = ", ".join(f"worker-{mate}" for mate in mates)
+            said += [f"{names} of the same replica {'is' if len(mates) == 1 else 'are'} ended"]
         members = len(self._all(Standing.MEMBER)) + self.elsewhere
         ending = bool(self._all(Standing.FINISHED))
         if not starting:
@@ -169,12 +180,26 @@ class Muster:
         if not members and not ending:
             given_up = [GiveUp("no worker is left that has the state of the run")]
         elif replace and not ending and before is not Standing.LEFT:
-            self._owed += 1
+            self._owed += self._unit
             starts, text = self._replace(now)
             said += [text]
             if self._unborn >= UNBORN and members < self._minimum:
                 given_up = [GiveUp(f"{_workers(members)} of at least {self._minimum}, and no more can be started")]
-        return [*starts, Tell("; ".join(said)), *given_up, *self._dismiss(now)]
+        ended = [Dismiss(frozenset(mates), now=True)] if mates else []
+        return [*ended, *starts, Tell("; ".join(said)), *given_up, *self._dismiss(now)]
+
+    def _break_up(self, number: int) -> list[int]:
+        """The others of its replica, which are of no use without it."""
+        first = number - number % self._unit
+        living = (Standing.STARTING, Standing.MEMBER)
+        mates = [n for n in range(first, first + self._unit) if self._standing.get(n) in living]
+        self._standing.update(dict.fromkeys(mates, Standing.LOST))
+        return mates
+
+    def mates(self, number: int) -> list[int]:
+        """The others of its replica, in whatever standing."""
+        first = number - number % self._unit
+        return [n for n in range(first, first + self._unit) if n != number and n in self._standing]
 
     def tick(self, now: float) -> list[Step]:
         """Time has passed."""
@@ -201,8 +226,8 @@ class Muster:
         self._refilled = now
         starts = []
         while self._owed and self._tokens >= 1.0:
-            self._owed, self._tokens = self._owed - 1, self._tokens - 1.0
-            starts.append(self._start())
+            self._owed, self._tokens = self._owed - self._unit, self._tokens - 1.0
+            starts += [self._start() for _ in range(self._unit)]
         if starts:
             names = ", ".join(f"worker-{start.number}" for start in starts)
             return starts, f"{names} {'is' if len(starts) == 1 else 'are'} being started"

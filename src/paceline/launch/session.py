@@ -129,7 +129,7 @@ class Session:
         from paceline.train.split_job import SplitJob
 
         groups = Groups(self.place, self.board, self.activity)
-        return SplitJob(self.place, self._connect, groups, self.built, self.sink, self.activity)
+        return SplitJob(self.place, self._connect, groups, self.built, self.sink, self.activity, self._reunion())
 
     def _connect(self, device: torch.device) -> Wire:
         from paceline.launch.connect import open_wire

@@ -87,8 +87,12 @@ class Members:
         """The loop begins: become a member."""
         if self.joining:
             epoch, _ = self._regroup(keep=True)
-            self._loop.resplit(epoch.rank, epoch.size)
+            self._loop.resplit(*self._reads(epoch))
             self.joining = False
+
+    def _reads(self, epoch: Epoch) -> tuple[int, int]:
+        """Which part of each batch this rank reads, and how many there are."""
+        return epoch.rank, epoch.size
 
     @property
     def change(self) -> bool:
@@ -105,7 +109,7 @@ class Members:
         """All ranks are between two steps, because somebody waits to join."""
         self._reunion.member.at_boundary(self._loop.steps)
         epoch, _ = self._regroup(keep=True)
-        self._loop.resplit(epoch.rank, epoch.size)
+        self._loop.resplit(*self._reads(epoch))
 
     def lost(self, in_step: bool) -> None:
         """A member was lost in an exchange.
@@ -118,9 +122,9 @@ class Members:
             return
         epoch, healed = self._regroup(keep=not in_step)
         if in_step or healed or self._loop.holds_batch:
-            self._loop.abort(epoch.rank, epoch.size, healed=healed)
+            self._loop.abort(*self._reads(epoch), healed=healed)
         else:
-            self._loop.resplit(epoch.rank, epoch.size)
+            self._loop.resplit(*self._reads(epoch))
 
     def lost_in_round(self, redo: bool) -> bool:
         """A member was lost while ranks stepped on their own, or exchanged what came of it.
@@ -147,9 +151,8 @@ class Members:
     def _regroup(self, *, keep: bool, redo: bool = True) -> tuple[Epoch, bool]:
         """Meet, and agree with those who are there. The second result: this rank was behind, and was given the state."""
         while True:
-            if self._wire is not None:
-                self._wire.close()
-            applied = -1 if self.joining else self._loop.settled_steps
+            self._leave()
+            applied = self._applied
             epoch = self._reunion.meet(applied)
             try:
                 self._enter(epoch)
@@ -161,15 +164,26 @@ class Members:
             self._record(epoch)
             return epoch, applied < max(epoch.applied)
 
+    @property
+    def _applied(self) -> int:
+        """Steps that this rank has applied, as it tells the others."""
+        return -1 if self.joining else self._loop.settled_steps
+
+    def _leave(self) -> None:
+        """Nothing more is exchanged in this epoch."""
+        if self._wire is not None:
+            self._wire.close()
+
     def _enter(self, epoch: Epoch) -> None:
         self._wire = epoch.wire
         self._hands.move(epoch)
 
     def _record(self, epoch: Epoch) -> None:
         self._ledger.group(epoch.number, self._loop.settled_steps, epoch.names, epoch.rank)
-        names = list(epoch.names)
-        data = {"epoch": epoch.number, "rank": epoch.rank, "size": epoch.size, "members": names}
-        self._sink(Event("view", self._loop.steps, data))
+        self._tell({"epoch": epoch.number, "rank": epoch.rank, "size": epoch.size, "members": list(epoch.names)})
+
+    def _tell(self, view: dict[str, Any]) -> None:
+        self._sink(Event("view", self._loop.steps, view))
 
     def _rewire(self, epoch: Epoch, keep: bool, redo: bool) -> None:
         """Buckets move to the new wire, cut as the leader's are."""

@@ -46,8 +46,9 @@ class Peers:
     """
 
     def __init__(self, wire: Wire, exchange: Exchange, activity: Activity, steps: Callable[[], int]) -> None:
-        self.wire, self._exchange, self._steps = wire, exchange, steps
+        self.wire, self._exchange, self._activity, self._steps = wire, exchange, activity, steps
         self._drive = Drive(wire, activity)
+        self._added: list[tuple[nn.Module, Named]] = []
         self._replicas: list[Replica] = []
         self._pieces: dict[nn.Parameter, nn.Parameter] = {}  # the local piece by its parameter
         self._states: dict[LiveBucket, list[State]] = {}
@@ -55,6 +56,21 @@ class Peers:
 
     def add(self, model: nn.Module, held: Named) -> None:
         """Exchange the gradients of these, too. All ranks of the wire add the same in the same order."""
+        self._added.append((model, held))
+        self._build(model, held)
+
+    def rewire(self, wire: Wire) -> None:
+        """Exchange through `wire` from now on. What links remember stays."""
+        self._drive.drop()
+        kept = [self._states[bucket] for replica in self._replicas for bucket in replica.buckets]
+        self.wire, self._drive = wire, Drive(wire, self._activity)
+        self._replicas, self._pieces, self._states = [], {}, {}
+        for model, held in self._added:
+            self._build(model, held)
+        buckets = [bucket for replica in self._replicas for bucket in replica.buckets]
+        self._states = dict(zip(buckets, kept, strict=True))
+
+    def _build(self, model: nn.Module, held: Named) -> None:
         pieces = {p: piece(p) for _, p in held}
         self._pieces |= pieces
         megabytes = self._exchange.bucket_mb
@@ -108,9 +124,14 @@ class Peers:
                 p.grad = None if own.grad is None else piece_of(p, own.grad)
                 own.grad = None
 
-    def close(self) -> None:
+    def drop(self) -> None:
         """Forget what is under way."""
         self._drive.drop()
+
+    def leave(self) -> None:
+        """Exchange nothing more through this wire; who waits for this rank is told."""
+        self._drive.drop()
+        self.wire.close()
 
 
 def piece(p: nn.Parameter) -> nn.Parameter:

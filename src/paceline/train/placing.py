@@ -5,7 +5,6 @@ A model is cut inside its layers first (``tensor``), then into pieces (``fsdp``)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,6 +32,9 @@ if TYPE_CHECKING:
 
 Tell = Callable[..., None]
 """Gets a model's label, the text of where everything is, and a drawing."""
+
+Agree = Callable[[list[float]], list[float]]
+"""Gets what this rank has measured; all ranks get what rank 0 has."""
 
 Hold = Callable[[str, nn.Module, Sequence[tuple[str, nn.Parameter]]], None]
 """Gets a model's label, the model, and what this rank holds and trains of it, by label and name."""
@@ -88,12 +90,13 @@ def place(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     split: Split,
-    wire: Wire,
+    agree: Agree,
     tell: Tell,
     hold: Hold,
     seams: Seams,
     shards: Wire | None = None,
     built: Deferred | None = None,
+    cuts: Sequence[str] | None = None,
 ) -> Placed:
     """Split one model in place.
 
@@ -102,12 +105,13 @@ def place(
         group: Of this replica.
         optimizers: Made before; those that hold its parameters go on with the parts.
         split: Hears of backwards.
-        wire: Of all ranks.
+        agree: What rank 0 has measured.
         tell: Hears where everything is.
         hold: Hears what this rank holds of the model, as soon as that is known.
         seams: Learns how parts go together.
         shards: Between the ranks of an ``fsdp`` axis, where they share memory.
         built: What the model was built in, where each rank has its own rows only.
+        cuts: Where other replicas have cut it into stages; known where this one joins them.
 
     Raises:
         AdoptError: PL5xx, the model cannot be split like this.
@@ -115,7 +119,7 @@ def place(
     placed = Placed(label, model)
     guard_split_numbers()
     if layout.axis("pipeline") is not None:
-        return _into_stages(layout, group, placed, optimizers, split, wire, tell, hold, seams)
+        return _into_stages(layout, group, placed, optimizers, split, agree, tell, hold, seams, cuts)
     if layout.axis("tensor") is not None:
         tensor = _cut_inside(layout, group, model, optimizers)
         placed.parts.append(tensor)
@@ -155,10 +159,11 @@ def _into_stages(
     placed: Placed,
     optimizers: Sequence[Optimizer],
     split: Split,
-    wire: Wire,
+    agree: Agree,
     tell: Tell,
     hold: Hold,
     seams: Seams,
+    cuts: Sequence[str] | None,
 ) -> Placed:
     """The model is cut at its first forward; what this rank holds is known then."""
     from paceline.place.pipeline import Pipeline
@@ -168,11 +173,6 @@ def _into_stages(
     assert axis is not None
     label, model = placed.label, placed.model
     inside = _derived(layout, group, model)
-
-    def agree(costs: list[float]) -> list[float]:
-        said = wire.gather_bytes("costs of blocks", json.dumps(costs if wire.rank == 0 else []).encode())
-        agreed: list[float] = json.loads(said[0])
-        return agreed
 
     def on_cut(pipeline: Pipeline) -> None:
         staged.cut()
@@ -200,7 +200,7 @@ def _into_stages(
         group.device,
         schedule=settings["schedule"],
         microbatches=settings["microbatches"] or 2 * ranks,
-        cuts=settings["cuts"],
+        cuts=cuts or settings["cuts"],
         virtual_stages=settings["stages"],
         seed=torch.initial_seed() % 2**32 + layout.replica,
         on_begin=begin,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,21 +86,76 @@ def _named(path: Path, say: Say) -> Checkpoint:
     return newest
 
 
-class Resume:
-    """A checkpoint that a job goes on from.
+class Source(Protocol):
+    """Where a state comes from."""
+
+    @property
+    def called(self) -> object:
+        """For messages."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Its skeleton, see ``tree.flatten``."""
+
+    def read(self, name: str) -> Tensor:
+        """One of its tensors, which the caller may keep."""
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+
+
+class FromDisk:
+    """A checkpoint.
 
     Args:
-        checkpoint: Verified. It is closed by :meth:`begin_loop`.
+        checkpoint: Verified.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._state: dict[str, Any] = checkpoint.said["state"]
+        self.called: object = checkpoint.path
+        self.state: dict[str, Any] = checkpoint.said["state"]
+
+    def read(self, name: str) -> Tensor:
+        """See :class:`Source`."""
+        return read_tensor(self._checkpoint, name)
+
+    def close(self) -> None:
+        """See :class:`Source`."""
+        self._checkpoint.close()
+
+
+class FromOthers:
+    """What the other members of a run have given."""
+
+    def __init__(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.called: object = "what the others have given"
+        self.state, self._tensors = state, dict(tensors)
+
+    def read(self, name: str) -> Tensor:
+        """See :class:`Source`."""
+        return self._tensors[name].clone()
+
+    def close(self) -> None:
+        """See :class:`Source`."""
+        self._tensors.clear()
+
+
+class Resume:
+    """A state that a job goes on from.
+
+    Args:
+        source: Where it comes from. It is closed by :meth:`begin_loop`.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._state: dict[str, Any] = source.state
         self._left = {kind: set(self._state.get(kind, {})) for kind in _SECTIONS}
 
     def close(self) -> None:
         """Give its files back. Idempotent."""
-        self._checkpoint.close()
+        self._source.close()
 
     def restore(self, things: Things) -> None:
         """Restore what has been adopted. A whole section that the checkpoint lacks (an import) leaves its things as they are.
@@ -136,12 +191,12 @@ class Resume:
             kind: self._state[kind] for kind in ("loop", "streams", "chain") if getattr(things, kind) is not None
         }
         try:
-            tensors = {name: read_tensor(self._checkpoint, name) for name in set(names(wanted))}
+            tensors = {name: self._source.read(name) for name in set(names(wanted))}
             trees.restore(things, trees.unflatten(wanted, tensors))
         except PacelineError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            message = f"{self._checkpoint.path} does not hold what a job saves: {error!r}"
+            message = f"{self._source.called} does not hold what a job saves: {error!r}"
             raise FileError("PL613", message[:300]) from error
 
 

@@ -18,7 +18,7 @@ from paceline.train.attempts import earlier
 from paceline.train.checkpoint import Checkpointer
 from paceline.train.checkpoint_files import CHECKPOINTS, Checkpoint, Policy
 from paceline.train.loop import Loop
-from paceline.train.resume import Resume, choose
+from paceline.train.resume import FromDisk, FromOthers, Resume, choose
 
 
 class Saving:
@@ -49,6 +49,7 @@ class Saving:
         self._loop, self._sink, self._things = loop, sink, things
         self._checkpointer: Checkpointer | None = None
         self._resume: Resume | None = None
+        self._joins = False
 
     def capture(self) -> trees.Tree:
         """The state, as references: true until the next step."""
@@ -69,7 +70,7 @@ class Saving:
             found = together(
                 lambda wire: choose(plan.resume, run_dir, wire.rank, partial(wire.gather_bytes, "resume"), self.notice)
             )
-            self._resume = Resume(found) if found is not None else None
+            self._resume = Resume(FromDisk(found)) if found is not None else None
         if plan.checkpoint:
             attempt = len(earlier(run_dir))
             self._checkpointer = Checkpointer(
@@ -80,6 +81,10 @@ class Saving:
                 sink=self._sink,
                 step=found.step if found is not None else 0,
             )
+
+    def join(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what the other members have given."""
+        self._resume, self._joins = Resume(FromOthers(state, tensors)), True
 
     def adopted(self, new: Mapping[str, nn.Module], given: Adopted) -> None:
         """What is adopted now gets the state that it was saved with."""
@@ -98,7 +103,8 @@ class Saving:
         if resume is None:
             return False
         left = resume.begin_loop(self._things())
-        self._loop.resumed()
+        if not self._joins:
+            self._loop.resumed()
         if left and main:
             self.notice("PL610", f"the checkpoint holds {', '.join(left)}, which the script has not adopted")
         return True

@@ -42,7 +42,7 @@ from paceline.train.links import Links
 from paceline.train.loaders import Loaders
 from paceline.train.pair import Tell
 from paceline.train.reach import refuse
-from paceline.train.resume import Resume, choose
+from paceline.train.resume import FromDisk, Resume, choose
 from paceline.train.serve import Server
 from paceline.train.served import Served
 from paceline.train.talk import CAPS
@@ -258,7 +258,7 @@ class ServedJob(Job):
         found = choose(place.plan.resume, place.run_dir, 0, lambda raw: [raw], self._saving.notice)
         if found is None:
             return None
-        resume, state = Resume(found), found.said["state"]
+        resume, state = Resume(FromDisk(found)), found.said["state"]
         try:
             if "served" not in state:
                 message = f"{found.path} was saved by a run without servers, and does not tell which batches are left"

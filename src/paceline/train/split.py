@@ -22,8 +22,9 @@ from paceline.exchange.axes import Mesh
 from paceline.group.wire import AllReduce, Buffer, Drive, Wire
 from paceline.place.replicate import Scale
 from paceline.terms.activity import Activity, Phase
-from paceline.terms.errors import StepError
+from paceline.terms.errors import PeerLost, StepError
 from paceline.train.loop import Loop
+from paceline.train.members import Members
 from paceline.train.peers import Peers, add_back, local, put_aside
 from paceline.train.split_rounds import SplitRounds
 from paceline.train.statistics import Statistics
@@ -58,6 +59,7 @@ class Split:
         activity: Where to say what this rank does.
         loop: Where the job stands.
         save_due: A checkpoint is due after this step; asked on rank 0.
+        members: Of an elastic run: asked whether replicas wait to join, and told when some were lost in a backward, which has ended here.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Split:
         activity: Activity,
         loop: Loop,
         save_due: Callable[[], bool],
+        members: Members | None = None,
     ) -> None:
         self._mesh, self._wire, self._peers, self._rounds = mesh, wire, peers, rounds
         self._activity, self._loop, self._save_due = activity, loop, save_due
+        self._members, self._missed = members, False
         self._drive = Drive(wire, activity)
         self._rolls = [_roll(wire, 7), _roll(wire, 5)]
         self._held: list[tuple[str, nn.Parameter]] = []
@@ -94,6 +98,15 @@ class Split:
         if statistics and self._readers > 1:
             self._statistics.append(Statistics(model, self._among))
 
+    def rewire(self, layout: Mesh, wire: Wire) -> None:
+        """Replicas have come or gone. Wires between them are rewired by whoever has them."""
+        self._mesh, self._wire = layout, wire
+        self._drive.drop()
+        self._drive = Drive(wire, self._activity)
+        self._rolls = [_roll(wire, 7), _roll(wire, 5)]
+        for statistics in self._statistics:
+            statistics.rewire(self._among)
+
     @property
     def held(self) -> Sequence[tuple[str, nn.Parameter]]:
         """What this rank holds of all models."""
@@ -113,12 +126,22 @@ class Split:
         mine = scale.weight if self._mesh.leads else 0.0
         steps, mark = self._loop.steps % _CYCLE, self._loop.mark
         about = [mine, 1.0, float(steps), float(steps * steps), float(mark), float(mark * mark), scale.factor]
-        sums: list[float] = self._drive.run(_sum(self._rolls[0], about), "backward, weights")
+        if self._peers:
+            self._aside = put_aside(self._held)
+        try:
+            sums: list[float] = self._drive.run(_sum(self._rolls[0], about), "backward, weights")
+        except PeerLost:
+            if self._members is None:
+                raise
+            self._missed, self._total, self._factor = (
+                True,
+                0.0,
+                0.0,
+            )  # the replica ends its backward; it counts for nothing
+            return
         self._check(sums)
         self._total = sums[0]
         self._factor = self._factor_of(scale)
-        if self._peers:
-            self._aside = put_aside(self._held)
         if self._rounds is not None:
             self._rounds.note(self._total)
 
@@ -156,20 +179,41 @@ class Split:
         if self._scale is None:
             return
         with self._activity.during(Phase.EXCHANGE, "backward"):
-            mine = not self._finite()
-            factor = 1.0 if self._mesh.along("fsdp") > 1 else self._factor
-            for peers in self._peers:
-                peers.exchange(factor)
-                factor = 1.0
-            if factor != 1.0:
-                for _, p in self._held:
-                    if p.grad is not None:
-                        local(p.grad).mul_(factor)
-            add_back(self._aside)
-            self._aside = {}
-            self._average_statistics()
-            self._conclude(mine)
-        self._scale = None
+            try:
+                if not self._missed:
+                    self._exchange()
+            except PeerLost:
+                if self._members is None:
+                    raise
+                self._missed = True
+            self._scale = None
+            if self._missed and self._members is not None:
+                self._forget(self._members)
+
+    def _exchange(self) -> None:
+        mine = not self._finite()
+        factor = 1.0 if self._mesh.along("fsdp") > 1 else self._factor
+        for peers in self._peers:
+            peers.exchange(factor)
+            factor = 1.0
+        if factor != 1.0:
+            for _, p in self._held:
+                if p.grad is not None:
+                    local(p.grad).mul_(factor)
+        add_back(self._aside)
+        self._aside = {}
+        self._average_statistics()
+        self._conclude(mine)
+
+    def _forget(self, members: Members) -> None:
+        """Other replicas were lost: nobody applies this step."""
+        self._missed, self._aside = False, {}
+        self._drive.drop()
+        for peers in self._peers:
+            peers.drop()
+        for statistics in self._statistics:
+            statistics.restore()
+        members.lost(in_step=True)
 
     def _finite(self) -> bool:
         grads = sorted((local(p.grad) for _, p in self._held if p.grad is not None), key=Tensor.numel)
@@ -185,13 +229,16 @@ class Split:
     def _conclude(self, mine: bool) -> None:
         board = self._activity.board
         save = self._mesh.rank == 0 and self._save_due()
-        said = [1.0, float(mine), float(board.stop_requested), float(save), 0.0]
+        change = self._members is not None and self._members.change
+        said = [1.0, float(mine), float(board.stop_requested), float(save), float(change)]
         sums = self._drive.run(_sum(self._rolls[1], said), "backward, verdict")
         self.save_now = sums[3] > 0
         stop = sums[2] > 0
         if self._rounds is not None:  # other replicas must stop after the same round
             self._rounds.asked_to_stop, stop = self._rounds.asked_to_stop or stop, False
-        self._loop.on_verdict(Verdict(self._total, round(sums[1]), stop, False, mine))
+        for statistics in self._statistics:
+            statistics.restore() if sums[1] > 0 and self._loop.report_nonfinite else statistics.settle()
+        self._loop.on_verdict(Verdict(self._total, round(sums[1]), stop, sums[4] > 0, mine))
 
     def _check(self, sums: Sequence[float]) -> None:
         """Raise StepError when ranks have applied different numbers of steps (PL401), or train on different batches (PL412)."""
@@ -211,7 +258,7 @@ class Split:
         """Forget what is under way."""
         self._drive.drop()
         for peers in self._peers:
-            peers.close()
+            peers.drop()
 
 
 def watch(

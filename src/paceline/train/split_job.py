@@ -7,6 +7,7 @@ exported and hashed is the whole model under its original names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from paceline.data.streams import Streams
 from paceline.exchange.axes import Mesh, mesh
 from paceline.exchange.chain import Exchange
 from paceline.exchange.strategy import build
+from paceline.group.reunion import Epoch, Reunion
 from paceline.group.wire import Wire
 from paceline.place.shard_deferred import Deferred
 from paceline.terms.activity import Activity
@@ -41,6 +43,7 @@ from paceline.train.room import give_back
 from paceline.train.saving import Saving
 from paceline.train.seams import Seams
 from paceline.train.split import Split
+from paceline.train.split_members import SplitHands, SplitMembers
 from paceline.train.split_rounds import SplitExchanging, SplitRounds
 
 
@@ -57,6 +60,20 @@ class Opener(Protocol):
         """Leave it."""
 
 
+_CUTS = "cuts"
+"""In the state that is handed to those who join, by model: names of the blocks with which stages begin."""
+
+
+def _as_measured(costs: list[float]) -> list[float]:
+    return costs
+
+
+def standing(place: Place, exchange: Exchange) -> Mesh:
+    """Where this process stands; where it joins later, with a number that no other has."""
+    layout = mesh(exchange.axes, exchange.ranks, place.plan.processes if place.joins else place.size, 0, exchange.text)
+    return layout.among(place.rank, max(place.size, (place.rank // layout.inner + 1) * layout.inner))
+
+
 class SplitJob(Job):
     """See :class:`~paceline.train.job.Job`.
 
@@ -67,6 +84,7 @@ class SplitJob(Job):
         built: What the script builds its model in, where each rank keeps its own rows only.
         sink: Where events go.
         activity: Where this process says what it is doing.
+        reunion: How the members of an elastic run meet; None where the loss of a rank ends it.
     """
 
     def __init__(
@@ -77,12 +95,18 @@ class SplitJob(Job):
         built: Deferred | None,
         sink: Sink,
         activity: Activity,
+        reunion: Reunion | None = None,
     ) -> None:
         super().__init__(place, connect, sink, activity)
-        self._groups, self._built = groups, built
+        self._groups, self._built, self._reunion = groups, built, reunion
         self._exchange = build(self._strategy)
-        self._mesh = self._lay_out(self._exchange)
+        self._mesh = standing(place, self._exchange)
+        self._outer: Peers | None = None
+        self._cuts: dict[str, list[str]] = {}  # where others have cut their models, when this replica joined them
+        self._others: Wire | None = None
+        self._device = torch.device("cpu")
         self._split: Split | None = None
+        self._replicas: SplitMembers | None = None
         self._between: SplitExchanging | None = None
         self._shards: Wire | None = None
         self._waiting: list[Optimizer] = []
@@ -99,9 +123,6 @@ class SplitJob(Job):
         """Where this rank stands."""
         return self._mesh
 
-    def _lay_out(self, exchange: Exchange) -> Mesh:
-        return mesh(exchange.axes, exchange.ranks, self._place.size, self._place.rank, exchange.text)
-
     def _re_read(self) -> None:
         """Batches are cut among the ranks that read rows of their own."""
         layout = self._mesh
@@ -116,6 +137,10 @@ class SplitJob(Job):
         self._loaders.always_in_step = layout.axis("fsdp") is not None
         self._steps = OwnedSteps(self._loop, self._activity, self._step_without_loader, None, False)
         self._loop.on_step_end = self._at_step_end
+        if self._reunion is not None:
+            hands = SplitHands(self._be_at, self._leave, self._rewire, self._settle, self._tree_to_join)
+            about = self._loop, ledger, self._sink, hands, layout
+            self._members = self._replicas = SplitMembers(self._reunion, self._place.joins, *about)
 
     def use_strategy(self, strategy: str | Exchange) -> None:
         """See :meth:`Job.use_strategy`. Raises UsageError PL213 for one that the ranks were not started for."""
@@ -134,14 +159,19 @@ class SplitJob(Job):
         self._register(given)
         new = {label: model for label, model in self._models.items() if label not in known}
         if self._wire is None:
-            self._wire = self._connect(adoption.device_of(self._models))
+            self._device = adoption.device_of(self._models)
+            self._wire = self._connect(self._device) if self._members is None else self._members.begin()
             self._emit_plan()
-            self._saving.open(self.together, False)
-            self._begin(adoption.device_of(self._models))
+            self._saving.open(self.together, self._joining)
+            if self._replicas is not None and self._replicas.given is not None:
+                self._saving.join(*self._replicas.given)
+                self._cuts, self._replicas.given = self._replicas.given[0][_CUTS], None
+            self._begin()
         self._saving.adopted(new, given)
         parts = self._mesh.inner // self._mesh.along("ddp")
-        self.together(lambda wire: adoption.agree(wire, new, given.optimizers, given.loaders, parts))
-        self.together(lambda wire: adoption.start_equal(wire, new, given.optimizers))
+        if not self._joining:
+            self.together(lambda wire: adoption.agree(wire, new, given.optimizers, given.loaders, parts))
+            self.together(lambda wire: adoption.start_equal(wire, new, given.optimizers))
         if self._built is not None:
             self.together(self._drawn_alike)
         self._refuse_late(new, given.optimizers)
@@ -173,31 +203,74 @@ class SplitJob(Job):
         optimizer.register_step_post_hook(self._stepped)
         self._states.of_optimizer(optimizer)
 
-    def _begin(self, device: torch.device) -> None:
+    def _begin(self) -> None:
         """Groups, wires between replicas, and what keeps the books of gradients."""
         assert self._exchange is not None
         assert self._wire is not None
-        layout = self._mesh
+        layout, device = self._mesh, self._device
         self._group = self._groups.replica(device, layout)
         world = wire = self._wire
         peers, rounds = [], None
-        if layout.axis("fsdp") is not None and world.name == "shm":
-            self._shards = self._groups.peers(device, layout.groups("fsdp"), world)
+        if self._members is None:
+            self._rewire(world)
         inside = layout.axis("ddp")
         if inside is not None:
             peers.append(
                 self._peers(inside.settings["exchange"], self._groups.peers(device, layout.groups("ddp"), world))
             )
-        if layout.replicas > 1:
-            parts = [list(range(part, layout.size, layout.inner)) for part in range(layout.inner)]
-            between = self._groups.peers(device, parts, world)
+        if self._others is not None:
             if self._exchange.rounds is None:
-                peers.append(self._peers(self._exchange, between))
+                self._outer = self._peers(self._exchange, self._others)
+                peers.append(self._outer)
             else:
-                rounds = self._begin_rounds(between)
+                rounds = self._begin_rounds(self._others)
                 replicas = [list(range(first, first + layout.inner)) for first in range(0, layout.size, layout.inner)]
                 wire = self._groups.peers(device, replicas, world)
-        self._split = Split(layout, wire, peers, rounds, self._activity, self._loop, self._wants_state)
+        self._split = Split(layout, wire, peers, rounds, self._activity, self._loop, self._wants_state, self._replicas)
+
+    # ---- replicas that come and go --------------------------------------------------------------------------------
+    def _be_at(self, epoch: Epoch) -> Mesh:
+        self._move(epoch)
+        self._mesh = self._mesh.among(epoch.rank, epoch.size)
+        return self._mesh
+
+    def _leave(self) -> None:
+        """Who of another replica waits for this rank is told."""
+        if self._others is not None:
+            self._others.close()
+
+    def _rewire(self, world: Wire) -> None:
+        """Wires to those of other replicas who hold the same part. All ranks call it."""
+        layout = self._mesh
+        if layout.axis("fsdp") is not None and world.name == "shm":
+            shards = self._groups.peers(self._device, layout.groups("fsdp"), world)
+            if self._shards is None:
+                self._shards = shards
+            else:  # made for those who have just come
+                shards.close()
+        if layout.replicas > 1 or self._others is not None:
+            parts = [list(range(part, layout.size, layout.inner)) for part in range(layout.inner)]
+            self._others = self._groups.peers(self._device, parts, world)
+
+    def _settle(self, world: Wire) -> None:
+        """Exchange through the new wires."""
+        if self._outer is not None and self._others is not None:
+            self._outer.rewire(self._others)
+        if self._split is not None:
+            self._split.rewire(self._mesh, world)
+
+    def _tree_to_join(self) -> trees.Tree:
+        """The whole state, and where the models are cut, so that those who join cut theirs alike."""
+        staged = {placed.label: placed.staged for placed in self._placed if placed.staged is not None}
+        cuts = {label: stages.pipeline.cut_names for label, stages in staged.items() if stages.is_cut}
+        return {**self._whole_tree(), _CUTS: cuts}
+
+    def _join(self) -> None:
+        """The loop begins: first where the others are, then with this rank's part of what they read."""
+        if self._saving.begin_loop(self.main):
+            self._first_epoch = self._loop.passed
+        if self._members is not None:
+            self._members.join()
 
     def _peers(self, exchange: Exchange, wire: Wire) -> Peers:
         return Peers(wire, exchange, self._activity, lambda: self._loop.steps)
@@ -248,12 +321,13 @@ class SplitJob(Job):
             model,
             optimizers,
             self._split,
-            self._wire,
+            _as_measured if label in self._cuts else self._agreed,
             self._tell,
             self._hold,
             self._seams,
             self._shards,
             self._built,
+            self._cuts.get(label),
         )
         self._placed.append(placed)
         self._states.of_model(model, placed.staged)
@@ -263,6 +337,12 @@ class SplitJob(Job):
             told.append("batch normalisation sees one micro-batch at a time, and counts micro-batches")
         for message in told if self.main else ():
             self._sink(Event("notice", 0, {"message": message}))
+
+    def _agreed(self, costs: list[float]) -> list[float]:
+        """What rank 0 says."""
+        raw = json.dumps(costs if self.main else []).encode()
+        agreed: list[float] = json.loads(self.together(lambda wire: wire.gather_bytes("costs of blocks", raw))[0])
+        return agreed
 
     def _hold(self, label: str, model: nn.Module, held: Named) -> None:
         """What this rank holds of a model is known."""
@@ -328,8 +408,7 @@ class SplitJob(Job):
 
     def export(self, path: str | Path) -> None:
         """See :meth:`Job.export`. The parts are put together, so all ranks call it, at the same place of the script."""
-        assert self._wire is not None
-        self._wire.gather_bytes(f"export {Path(path).name}", b"")
+        self.together(lambda wire: wire.gather_bytes(f"export {Path(path).name}", b""))
         tensors = self._named_state()
         if self.main:
             state.save(tensors, Path(path))
@@ -360,9 +439,11 @@ class SplitJob(Job):
 
     def _put_together(self) -> None:
         """The last that ranks do together; nobody leaves torch's group while somebody still talks in it."""
-        assert self._wire is not None
         self._level(redo=False)
-        if self._place.plan.checkpoint:
-            self._whole = self._whole_tree()
-        self._last = self._named_state()
-        self._wire.barrier("the end of the run")
+        leader = None
+        while leader != self._place.rank - self._mesh.part:  # another replica may have become the first
+            leader, self._last = self._place.rank - self._mesh.part, None
+            if self._place.plan.checkpoint:
+                self._whole = self._whole_tree()
+            self._last = self._named_state()
+            self.together(lambda wire: wire.barrier("the end of the run"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline import __version__
 from paceline.launch import env, plan_file, tuning
+from paceline.launch.layout import lay_out, outlives_ranks, replica_ranks
 from paceline.launch.muster import MOST_WORKERS
 from paceline.launch.rundir import HOME, RunDirectory, choose_path, now_text
 from paceline.launch.servers import strategy_servers
@@ -99,8 +100,10 @@ def resolve(args: argparse.Namespace) -> Resolved:
     base = plan_file.read(args.plan) if args.plan is not None else Plan(script="", strategy="")
     wire, strategy = args.wire or base.wire, args.strategy or base.strategy
     able = wire != "torch" and not tuning.has_accelerator() and _SHARED not in strategy.replace(" ", "")
-    able = able and not check_layout(strategy, args, base)
+    able = able and check_layout(strategy, args, base)
     processes, least, most = workers(args.processes, args.workers, base, args.plan is not None, able)
+    if least and strategy:
+        least = max(least, replica_ranks(replace(base, strategy=strategy, processes=processes)))
     flags = {
         "script": args.script,
         "script_args": tuple(args.script_args) or None,
@@ -199,25 +202,38 @@ def in_pieces(strategy: str) -> bool:
 
 
 def check_layout(strategy: str, args: argparse.Namespace, base: Plan) -> bool:
-    """Whether replicas of the model have several ranks; then the number of processes must fit, and no loss is borne.
+    """Whether a loss can be borne, as far as the strategy has a say; its factors must fit the number of processes.
 
     Raises:
-        UsageError: PL211, it does not fit; PL105, losses are to be borne.
+        UsageError: PL211, they do not; PL105, losses are to be borne, and cannot be.
     """
     if not strategy:
-        return False
+        return True
     from paceline.exchange.axes import mesh
     from paceline.exchange.strategy import build
 
-    exchange = build(strategy)
-    if exchange.axes or exchange.ranks is not None:
-        mesh(exchange.axes, exchange.ranks, args.processes or base.processes, 0, exchange.text)
-    if exchange.axes and args.workers is not None and ":" in args.workers:
-        message = (
-            f"--workers {args.workers}: under {exchange.text} a rank holds what no other has, so its loss ends the run"
-        )
-        raise UsageError("PL105", message, help="use -n N with --checkpoint, and go on with --resume auto.")
-    return bool(exchange.axes)
+    exchange, count = build(strategy), args.processes or base.processes
+    if args.workers is not None and args.processes is None:
+        count = _limits(args.workers)[1]
+    if not exchange.axes:
+        if exchange.ranks is not None:
+            mesh((), exchange.ranks, count, 0, exchange.text)
+        return True
+    found = lay_out(strategy, count)
+    assert found is not None
+    borne = outlives_ranks(strategy, count) and (args.wire or base.wire) != "tcp"
+    if args.workers is None or ":" not in args.workers:
+        return borne
+    if not borne:
+        message = f"--workers {args.workers}: under {exchange.text} on {count} ranks a loss ends the run"
+        why = "a rank holds what no other has" if found.replicas == 1 else "its replicas cannot be built anew"
+        raise UsageError("PL105", f"{message}: {why}", help="use -n N with --checkpoint, and go on with --resume auto.")
+    if any(limit % found.inner for limit in _limits(args.workers)):
+        message = f"--workers {args.workers}: a replica of {exchange.text} has {found.inner} ranks"
+        raise UsageError("PL105", message, help=f"give multiples of {found.inner}.")
+    if args.listen is not None:
+        raise UsageError("PL105", f"--listen: the ranks of {exchange.text} are of one machine")
+    return True
 
 
 def _limits(text: str) -> tuple[int, int]:

@@ -27,6 +27,7 @@ parser.add_argument("--epochs", type=int, default=40)
 parser.add_argument("--wide", action="store_true")
 parser.add_argument("--accumulate", type=int, default=1)
 parser.add_argument("--two", action="store_true", help="two optimizers step in each round")
+parser.add_argument("--steps", type=int, help="end after so many")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--hashes", type=Path)
 parser.add_argument("--pace", type=float, default=0.0)
@@ -93,6 +94,8 @@ hashes = Diary(args.hashes, "hashes") if args.hashes else None
 flips = Diary(args.hashes, "flips") if args.hashes and args.flip_every else None
 for epoch in job.epochs(args.epochs):
     for xb, yb in train:
+        if args.steps is not None and job.clock.step >= args.steps:
+            raise SystemExit
         rounds += 1
         for optimizer in optimizers:
             loss = F.cross_entropy(model(xb), yb) / args.accumulate

@@ -558,3 +558,45 @@ def test_nothing_of_membership_looks_at_the_time_of_day() -> None:
         source = inspect.getsource(module)
         assert "time.time(" not in source
         assert "datetime" not in source
+
+
+# ---- replicas that are split over several workers --------------------------------------------------------------------------
+PAIRS = Limits(4, 2, 4, unit=2)
+
+
+def test_a_replica_that_has_lost_a_worker_is_left_out_whole() -> None:
+    table = Table(PAIRS)
+    table.start(0, 1, 2, 3)
+    actions = table.do(Certificate(who(3), "died"))
+    assert table.members == [0, 1]
+    assert {link for link, _ in sent(actions, Kind.FENCED)} == {2, 3}
+    table.ready(0, 1)
+    assert table.core.started
+
+
+def test_a_replica_with_a_silent_worker_is_left_out_whole() -> None:
+    table = Table(PAIRS)
+    table.start(0, 1, 2, 3)
+    table.wait(2 * PAIRS.lease, 0, 1, 2)
+    assert table.members == [0, 1]
+
+
+def test_a_replica_is_admitted_when_it_is_whole() -> None:
+    table = Table(PAIRS)
+    table.start(0, 1, 2, 3)
+    table.do(Certificate(who(2), "died"))
+    table.ready(0, 1)
+    table.hello(5)
+    first = table.epoch
+    assert not any(meta["pending"] for _, meta in sent(table.beat(0, started=first, seen=first), Kind.ACK))
+    table.hello(4)
+    assert all(meta["pending"] for _, meta in sent(table.beat(0, started=table.epoch, seen=table.epoch), Kind.ACK))
+    table.wait(PAIRS.heartbeat, 0, 1, left=table.epoch, boundary=True)
+    assert table.members == [0, 1, 4, 5]
+
+
+def test_a_worker_that_has_finished_does_not_end_its_replica() -> None:
+    table = Table(PAIRS)
+    table.start(0, 1, 2, 3)
+    table.do(Certificate(who(1), "finished"))
+    assert table.members == [0, 1, 2, 3]

@@ -134,3 +134,39 @@ def test_who_leaves_is_not_replaced_and_does_not_end_the_run() -> None:
     assert muster.standing(1) is Standing.LEFT
     assert muster.room == 1
     assert Start(3) in muster.lost(0, KILLED, 2.0)
+
+
+# ---- replicas that are split over several workers ------------------------------------------------------------------------
+def test_a_replica_is_lost_and_made_good_whole() -> None:
+    muster = Muster(range(4), 2, 4, unit=2)
+    actions = muster.lost(3, KILLED, 10.0)
+    assert but_words(actions) == [Dismiss(frozenset({2}), now=True), Start(4), Start(5)]
+    assert "worker-2 of the same replica is ended; 2 workers go on from step 118; worker-4, worker-5 are" in told(
+        actions
+    )
+    assert muster.lost(2, KILLED, 10.1) == []
+    assert muster.standing(2) is Standing.LOST
+    muster.joined(4)
+    muster.joined(5)
+    assert muster.room == 0
+
+
+def test_a_replica_that_dies_as_it_starts_is_started_again_whole() -> None:
+    muster = Muster(range(4), 2, 4, unit=2)
+    muster.lost(0, KILLED, 1.0)
+    actions = muster.lost(5, KILLED, 2.0)
+    assert but_words(actions) == [Dismiss(frozenset({4}), now=True), Start(6), Start(7)]
+    assert muster.lost(4, KILLED, 2.1) == []
+
+
+def test_who_leaves_takes_its_replica_along() -> None:
+    muster = Muster(range(4), 2, 4, unit=2)
+    assert but_words(muster.left(1, 1.0)) == [Dismiss(frozenset({0}), now=True)]
+    assert muster.lost(0, KILLED, 1.1) == []
+    assert muster.room == 2
+
+
+def test_the_last_replica_takes_the_state_with_it() -> None:
+    muster = Muster(range(4), 2, 4, unit=2)
+    muster.lost(0, KILLED, 1.0)
+    assert isinstance(muster.lost(3, KILLED, 1.1)[-1], GiveUp)

@@ -30,6 +30,7 @@ from paceline.terms.errors import EXPLANATIONS, UsageError
 from paceline.terms.plan import Plan
 
 _REFUSED = ("PL420", "PL421", "PL422", "PL423")  # the coordinator does not let this process take part (any more)
+_MISSED = "PL403"  # another of the same replica is lost, or left out; those of other replicas are got over by the worker itself
 _ENDED = "PL422"  # one of these: it came too late
 _NEVER = -2  # the epoch of a worker that never took part
 _FOLLOWS_S = 0.5  # a torn connection is noticed before the end of the process that held it
@@ -108,7 +109,7 @@ class Elastic:
         It does when the coordinator does not let the worker take part, or when one that is still starting fails.
         """
         message = (str(fault.get("message", "")).splitlines() or [""])[0]
-        if self._unit > 1 and self._lost_a_mate(child):
+        if self._unit > 1 and (fault.get("code") == _MISSED or self._lost_a_mate(child)):
             self._faults[child.number] = "could not go on without the lost worker of its replica"
         elif fault.get("code") in _REFUSED:
             self._faults[child.number] = f"was not let in any more ({message})"

@@ -140,7 +140,9 @@ class Muster:
     def left(self, number: int, now: float) -> list[Step]:
         """A worker was asked to leave, and does; the others have agreed to go on without it."""
         self._standing[number] = Standing.LEFT
-        return [Tell(f"worker-{number} leaves the run"), *self._dismiss(now)]
+        mates = self._break_up(number)
+        ended = [Dismiss(frozenset(mates), now=True)] if mates else []
+        return [*ended, Tell(f"worker-{number} leaves the run"), *self._dismiss(now)]
 
     def finished(self, number: int, now: float) -> list[Step]:
         """A worker has ended its script well. Who never took part is not needed when the last member has."""

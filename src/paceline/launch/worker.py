@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from paceline.launch import session as sessions
 from paceline.launch.env import VARIABLE, Handoff
+from paceline.launch.later import import_compiler_later
 from paceline.launch.session import LaunchedSession
 from paceline.terms.activity import Phase
 from paceline.terms.errors import Stopped, UsageError
@@ -46,6 +47,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, TextIOWrapper)
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    import_compiler_later()
     session = sessions.begin(handoff)
     sys.exit(Rank(handoff, session).run())
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from paceline.place.pipeline_schedule import Action, Kind, Schedule
-from paceline.place.torch_private import input_half, weight_half
+from paceline.place.torch_private_split import input_half, weight_half
 from paceline.terms.errors import PeerLost
 
 _DTYPES = [

@@ -474,7 +474,7 @@ class Job:
             self._level(redo=False)
         self._saving.finish(self.main, whole)
         if not self._place.plain:
-            self._loop.finish()
+            self._loop.finish(whole)
             end = self._saving.last_state(self._named_state(), self.main) if whole else {"ok": False}
             self._sink(Event("end", self._loop.steps, end))
         if self._exchanging is not None:

@@ -481,11 +481,11 @@ class Loop:
             self._reported = now
             self._sink(Event("step", self.steps, {"epoch": self.epoch, "samples": self.samples}))
 
-    def finish(self) -> None:
-        """The run has ended: what was left open is written down."""
+    def finish(self, whole: bool = True) -> None:
+        """The run has ended, well (`whole`) or not: what was left open is written down."""
         for feed in self._feeds.values():
             feed.close()
-        for loader in list(self._pending):
+        for loader in list(self._pending) if whole else ():  # what else would have become of them is not known
             self._put_aside(loader)
         self._ledger.end(self.steps, self._open)
         self._ledger.close()

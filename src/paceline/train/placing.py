@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from paceline.exchange.axes import Mesh
 from paceline.group.wire import Wire
-from paceline.place.torch_private import after_backward, guard_split_numbers
+from paceline.place.torch_private import after_backward
+from paceline.place.torch_private_split import guard_split_numbers
 from paceline.train import adopt as adoption
 from paceline.train.seams import Seams
 from paceline.train.split import Placement, Split, watch

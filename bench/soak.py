@@ -23,6 +23,7 @@ from drills.control import coordinator, launcher
 from drills.links import links
 from drills.losses import joins, kills
 from drills.mixed import mixed
+from drills.replicas import replicas
 from drills.results import exact, numbers
 from drills.servers import servers
 from drills.work import Work
@@ -36,7 +37,8 @@ DRILLS: dict[str, tuple[float, Callable[[Work], None]]] = {  # share of the time
     "numbers": (0.03, numbers),
     "exact": (0.10, exact),
     "links": (0.10, links),
-    "mixed": (0.26, mixed),
+    "mixed": (0.18, mixed),
+    "replicas": (0.08, replicas),
     "servers": (0.10, servers),
 }
 PR_SET_CHILD_SUBREAPER = 36

@@ -42,10 +42,8 @@ class Drill:
         """All events of a kind, of all processes, by time."""
         found = []
         for file in sorted((self.directory / "events").glob("worker-*.jsonl")):
-            for raw in file.read_bytes().split(b"\n")[:-1]:
-                event = json.loads(raw)
-                if event["kind"] == kind:
-                    found.append(event)
+            lines = file.read_bytes().split(b"\n")[:-1]
+            found += [json.loads(raw) for raw in lines if f'"kind":"{kind}"'.encode() in raw]
         return sorted(found, key=lambda event: event["mono"])
 
     def parameters(self) -> dict[str, Any]:
@@ -110,6 +108,19 @@ def steps(directory: Path) -> int:
             line = json.loads(raw)
             last = max(last, line.get("s", 0))
     return last
+
+
+def members(drill: Drill) -> list[str]:
+    """Of the newest group."""
+    views = drill.events("view")
+    return max(views, key=lambda view: view["epoch"])["members"] if views else []
+
+
+def whole(drill: Drill, size: int) -> bool:
+    """The newest group has all its members, and every one of them has entered it."""
+    views = drill.events("view")
+    newest = max((view["epoch"] for view in views), default=0)
+    return sum(view["epoch"] == newest and view["size"] == size for view in views) == size
 
 
 def wait_for(what: Callable[[], bool], seconds: float, process: subprocess.Popen[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.drill import Drill, prove, reference, run, steps, wait_for, workers
+from chaos.drill import Drill, members, prove, reference, run, steps, wait_for, whole, workers
 from support.breadth import more
 
 FOR_EVER = ["--epochs", "100000"]
@@ -47,18 +47,6 @@ def breaker(
     return disturb
 
 
-def members(drill: Drill) -> list[str]:
-    views = drill.events("view")
-    return max(views, key=lambda view: view["epoch"])["members"] if views else []
-
-
-def whole(drill: Drill, size: int) -> bool:
-    """The newest group has all its members, and every one of them has entered it."""
-    views = drill.events("view")
-    newest = max((view["epoch"] for view in views), default=0)
-    return sum(view["epoch"] == newest and view["size"] == size for view in views) == size
-
-
 def begun(drill: Drill) -> dict[str, int]:
     """How often each worker has started its script."""
     names = [event["name"] for event in drill.events("start")]
@@ -87,6 +75,7 @@ def test_both_replicas_are_lost_in_turn_and_nothing_of_the_mathematics_changes(s
     assert members(drill)[:2] == ["worker-4", "worker-5"]
 
 
+@pytest.mark.long
 def test_a_frozen_rank_takes_its_replica_along(tmp_path: Path) -> None:
     drill = run(
         tmp_path / "run",
@@ -112,3 +101,20 @@ def test_the_last_replica_ends_the_run(tmp_path: Path) -> None:
     assert drill.status == 3
     assert "PL111" in drill.said
     assert "--resume auto" in drill.said
+
+
+def test_the_only_replica_begins_again_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    """By itself, as often as there is a newer one."""
+
+    def disturb(drill: Drill, process: subprocess.Popen[str]) -> None:
+        wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob("step-*")), 60, process)
+        os.kill(workers(drill.directory)["worker-1"], signal.SIGKILL)
+        wait_for(lambda: (tmp_path / "run" / "earlier" / "1").exists(), 60, process)
+        wait_for(lambda: steps(drill.directory) > 30, 60, process)
+        process.send_signal(signal.SIGINT)
+
+    flags = ["-n", "2", "--strategy", "fsdp", "--checkpoint", "every=10"]
+    drill = run(tmp_path / "run", flags, FOR_EVER, disturb, 100)
+    assert "all begin again from the checkpoint of step" in drill.said
+    undisturbed = reference(tmp_path, [*FOR_EVER, "--steps", str(steps(drill.directory))])
+    prove(drill, undisturbed, status=130)

@@ -41,6 +41,7 @@ def test_a_killed_copy_changes_nothing(victim: str, tmp_path: Path) -> None:
     assert furthest(want, torch.load(tmp_path / "served.pt")) <= ABSOLUTE
 
 
+@pytest.mark.long
 def test_when_both_copies_die_all_begin_again_from_the_checkpoint(tmp_path: Path) -> None:
     """The second one falls while the new copy of the first is starting."""
     want = plain(tmp_path, "--epochs", "8")

@@ -116,7 +116,7 @@ def _same_file(one: Path, other: Path, bound: float) -> None:
         assert (have[name] - tensor).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize(("strategy", "n"), [("ddp", 3), ("fsdp", 2), *more(("fsdp(2) * ddp", 4))])
+@pytest.mark.parametrize(("strategy", "n"), [("ddp", 3), *more(("fsdp", 2), ("fsdp(2) * ddp", 4))])
 def test_batch_normalisation_over_all_rows(strategy: str, n: int, tmp_path: Path) -> None:
     """``paceline.sync_batchnorm``: parameters and running statistics of one process, with fewer rows than ranks in a batch too."""
     plain, out = tmp_path / "plain.safetensors", tmp_path / "out.safetensors"

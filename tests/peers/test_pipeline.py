@@ -145,6 +145,7 @@ def test_what_a_loop_may_do_besides() -> None:
         assert picture == "<svg"
 
 
+@pytest.mark.long
 def test_two_pipelines_side_by_side() -> None:
     for found in run(pipeline_cases.side_by_side, 4):
         assert found["gpipe"] < 2e-3  # parameters of float32 after a step in bfloat16

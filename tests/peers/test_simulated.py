@@ -14,6 +14,7 @@ from paceline.exchange.strategy import build
 from paceline.group.shm_wire import ShmWire
 from paceline.terms.plan import Place, Plan
 from paceline.train.job import Job
+from support.breadth import more
 from support.peers import Peer, run_peers
 
 STEPS, ROWS = 12, 8  # rows of each rank: a power of two, so that scaling by weights is exact
@@ -81,7 +82,7 @@ def simulated(size: int, strategy: str) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("size", "strategy"),
-    [(2, "ddp()"), (3, "ddp()"), (2, "ddp(codec=bf16)"), (3, "diloco(every=4)"), (2, "easgd(every=5)")],
+    [(3, "ddp()"), (2, "ddp(codec=bf16)"), (3, "diloco(every=4)"), *more((2, "ddp()"), (2, "easgd(every=5)"))],
 )
 def test_simulated_equals_real(size: int, strategy: str) -> None:
     """To the last bits: only the constant by which payloads are scaled may differ, which rounds once per step."""

@@ -57,6 +57,7 @@ def test_a_model_trains_as_in_one_process(two: list[dict[str, Any]], case: str) 
         _check_parity({"parity": {case: said["parity"][case]}}, 2)
 
 
+@pytest.mark.long
 def test_four_ranks_and_fully_shard_on_another_axis() -> None:
     for said in _work(4, FOUR, 10, ["with_full_sharding"]):
         _check_parity(said, 4)

@@ -80,8 +80,8 @@ class Console:
             self.screen.epoch(ended.epoch, ended.step, ended.values)
         self.screen.update(snapshots, self._values.latest(alive), now)
 
-    def conclude(self, outcome: Outcome, seconds: float) -> None:
-        """The last words."""
+    def conclude(self, outcome: Outcome, seconds: float, again: int | None = None) -> None:
+        """The last words. `again`: all begin again from the checkpoint of this step."""
         self._show(self._folder.flush())
         self._values.drain()
         values, rate = self._values.final(), self._values.rate
@@ -99,6 +99,12 @@ class Console:
             "mistake": outcome.mistake.code if outcome.mistake is not None else None,
         }
         lines = self._good(outcome, seconds, values) if outcome.exit_code == 0 else self._bad(outcome, seconds)
+        if again is not None:
+            data["again_from"] = again
+            lines = [
+                *lines,
+                f"a rank took with it what no other has: all begin again from the checkpoint of step {again}",
+            ]
         self.screen.finish(lines, data, err=outcome.exit_code != 0)
 
     def close(self) -> None:

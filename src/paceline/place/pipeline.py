@@ -160,7 +160,7 @@ class Pipeline:
         route = self.sketches.route(args, kwargs)
         pipeline_cut.check_length(route, self.schedule.num_stages)
         _row_dims(route, self.sketches.route(*batch.piece(0)))
-        costs = self._measured(gates, batch, len(route.positions))
+        costs = self._measured(gates, batch, route.positions)
         parts = pipeline_cut.share_out(self.model, route, self.schedule.num_stages, costs, self.cuts)
         named = dict(self.model.named_parameters())
         gone = pipeline_cut.take_away(self.model, parts, self.stages, self.post.total)
@@ -184,12 +184,12 @@ class Pipeline:
         self.state = State(self.model, self.post, self.schedule, parts)
         self._on_cut(self)
 
-    def _measured(self, gates: Any, batch: Batch, number: int) -> list[float]:
+    def _measured(self, gates: Any, batch: Batch, positions: Sequence[str]) -> list[float]:
         """Costs of the positions, from the first rank."""
-        found = torch.zeros(number + 1, dtype=torch.float64)
+        found = torch.zeros(len(positions) + 1, dtype=torch.float64)
         if self.post.rank == 0:
             buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-            costs, worst = pipeline_cut.measure(self.model, self.forward, gates, batch)
+            costs, worst = pipeline_cut.measure(self.model, self.forward, gates, positions, batch)
             with torch.no_grad():
                 for name, b in self.model.named_buffers():
                     b.copy_(buffers[name])

@@ -25,6 +25,11 @@ from paceline.place.pipeline_pieces import Batch, join, row_dim, signature
 from paceline.place.pipeline_walk import Gates, Route, Sketch, Walk, gate
 from paceline.terms.errors import AdoptError
 
+_REPEATS = 4
+_LONG_S = 2.0  # after which a model is not timed once more
+_COPIED = 1 << 21  # numbers
+_OPTIMIZER_MOVES = 7  # of a parameter and its state through memory, read or written: AdamW's
+_ADDING_MOVES = 3
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
@@ -92,21 +97,26 @@ class Timed(Walk):
         return [spans[0] + spans[1], *spans[2:]] if len(spans) > 1 else spans
 
 
-def measure(model: nn.Module, forward: Callable[..., Any], gates: Gates, batch: Batch) -> tuple[list[float], float]:
-    """Seconds of each position for a whole batch in evaluation mode, and how much its pieces differ from it.
+def measure(
+    model: nn.Module, forward: Callable[..., Any], gates: Gates, positions: Sequence[str], batch: Batch
+) -> tuple[list[float], float]:
+    """Seconds of each position for a step, and how much the pieces of a batch differ from it.
 
+    Forwards in evaluation mode are timed, piece by piece as the pipeline will compute them, several times: the least counts, as
+    whatever else the machine does only adds to it. A backward takes two forwards; what parameters cost comes on top (:func:`upkeep`).
     The difference is relative to the largest output, over the tolerance of its type: up to 1 is rounding.
     """
+    began = time.perf_counter()
     training = [module.training for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            parts = [
-                tree.tree_leaves(forward(*args, **kwargs)) for args, kwargs in map(batch.piece, range(batch.count))
-            ]
-            timed = Timed(gates)
-            whole = tree.tree_leaves(timed.run(forward, batch.args, batch.kwargs))
-            costs = timed.costs()
+            whole = tree.tree_leaves(forward(*batch.args, **batch.kwargs))
+            parts, costs = _timed(forward, gates, batch)
+            for _ in range(_REPEATS):
+                if time.perf_counter() - began > _LONG_S:
+                    break
+                costs = [min(pair) for pair in zip(costs, _timed(forward, gates, batch)[1], strict=True)]
     finally:
         for module, flag in zip(model.modules(), training, strict=True):
             module.training = flag
@@ -114,7 +124,41 @@ def measure(model: nn.Module, forward: Callable[..., Any], gates: Gates, batch: 
     for i, t in enumerate(whole):
         if isinstance(t, Tensor) and t.is_floating_point() and t.dim() and batch.count > 1:
             worst = max(worst, _difference(t, [part[i] for part in parts]))
-    return costs, worst
+    extra = upkeep(model, positions, batch.count)
+    return [3 * cost + more for cost, more in zip(costs, extra, strict=True)], worst
+
+
+def _timed(forward: Callable[..., Any], gates: Gates, batch: Batch) -> tuple[list[list[Any]], list[float]]:
+    """Outputs of each piece, and the seconds of each position for all of them."""
+    outputs, spans = [], []
+    for args, kwargs in map(batch.piece, range(batch.count)):
+        timed = Timed(gates)
+        outputs.append(tree.tree_leaves(timed.run(forward, args, kwargs)))
+        spans.append(timed.costs())
+    return outputs, [sum(span) for span in zip(*spans, strict=True)]
+
+
+def upkeep(model: nn.Module, positions: Sequence[str], count: int) -> list[float]:
+    """Seconds that the parameters of each position cost in a step of `count` micro-batches, whatever the batch is.
+
+    Gradients of all micro-batches but the first are added up, and an optimizer reads and writes parameters and its state: so many
+    times a parameter moves through memory, whose speed is measured. Nothing is said of accelerators.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.device.type == "cpu"}
+    if not trained:
+        return [0.0] * len(positions)
+    example = max(trained.values(), key=Tensor.numel).detach().flatten()[:_COPIED]
+    room, copies = torch.empty_like(example), []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        room.copy_(example)
+        copies.append(time.perf_counter() - began)
+    moves = _OPTIMIZER_MOVES + _ADDING_MOVES * (count - 1)
+    per_byte = min(copies) / (2 * example.nbytes) * moves
+    return [
+        per_byte * sum(p.nbytes for name, p in trained.items() if f"{name}.".startswith(f"{position}."))
+        for position in positions
+    ]
 
 
 def _difference(whole: Tensor, parts: Sequence[Tensor]) -> float:

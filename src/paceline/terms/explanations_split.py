@@ -21,6 +21,12 @@ SPLIT: dict[str, Explanation] = {
         "Where ranks hold parts of a model, the launcher prepares how they meet, so it must know the strategy.",
         "name it on the command line, `--strategy 'fsdp()'`, not in the script.",
     ),
+    "PL427": Explanation(
+        "no replica of the model is whole",
+        "Ranks hold parts of a model, and those that are left of different replicas have come to different steps, so that no replica has all of "
+        "its parts of one step. It takes two faults at the same moment.",
+        "begin again with `--resume auto`, which goes on from the newest checkpoint.",
+    ),
     "PL510": Explanation(
         "an optimizer and its model were not adopted together",
         "A model that is split gets other parameters, and its optimizer must go on with those. So both are given to one call of "

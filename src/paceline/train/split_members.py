@@ -10,7 +10,7 @@ every rank of the new one gets it, restores what it adopts, and splits it then. 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,20 +117,12 @@ class SplitMembers(Members):
         """Raise WireError PL423 where this replica is behind others: then it is ended, and built anew."""
         if len(set(epoch.applied)) == 1:
             return
-        furthest = max(epoch.applied)
-        inner = self._layout.inner
-        complete = [
-            first for first in range(0, epoch.size, inner) if min(epoch.applied[first : first + inner]) == furthest
-        ]
-        if not complete:
-            raise WireError("PL427", f"no replica has all of its ranks at step {furthest}")
+        complete = furthest(epoch.applied, self._layout.inner)
+        if self._is_member and epoch.rank - self._layout.part not in complete:
+            step = max(epoch.applied)
+            raise WireError("PL423", f"this replica has not applied step {step}, which others have; it is built anew")
         first = complete[0]
-        mine = epoch.rank - self._layout.part
-        if self._is_member and mine not in complete:
-            raise WireError(
-                "PL423", f"this replica has not applied step {furthest}, which others have; it is built anew"
-            )
-        self._hand_over(epoch, first, first <= epoch.rank < first + inner)
+        self._hand_over(epoch, first, first <= epoch.rank < first + self._layout.inner)
 
     def _hand_over(self, epoch: Epoch, leader: int, leads: bool) -> None:
         """The whole state goes to those who join. All ranks take part."""
@@ -150,6 +142,23 @@ class SplitMembers(Members):
         if not self._is_member:
             self.given, self._is_member = (skeleton, given), True
             self._loop.load_state_dict(skeleton["loop"])
+
+
+def furthest(applied: Sequence[int], inner: int) -> list[int]:
+    """The first ranks of the replicas that have come furthest, with all of their `inner` ranks.
+
+    Args:
+        applied: By rank, how many steps it has applied; -1 for one that has just come.
+
+    Raises:
+        WireError: PL427, there is none.
+    """
+    step = max(applied)
+    found = [first for first in range(0, len(applied), inner) if min(applied[first : first + inner]) == step]
+    if not found:
+        said = ", ".join(f"rank {rank} at step {at}" for rank, at in enumerate(applied) if at >= 0)
+        raise WireError("PL427", f"no replica of the model is whole: {said}")
+    return found
 
 
 def _nothing(_: object) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline import __version__
 from paceline.launch import env, plan_file, tuning
+from paceline.launch.ending import LOST
 from paceline.launch.layout import lay_out, outlives_ranks, replica_ranks
 from paceline.launch.muster import MOST_WORKERS
 from paceline.launch.rundir import HOME, RunDirectory, choose_path, now_text
@@ -22,11 +23,12 @@ from paceline.launch.tuning import Machine, Settings, allow_files, check_process
 from paceline.observe.pipe import Pipe
 from paceline.terms.errors import PacelineError, UsageError
 from paceline.terms.plan import Plan
-from paceline.train.checkpoint_files import Policy
+from paceline.train.checkpoint_files import CHECKPOINTS, Policy, candidates, step_of
 
 if TYPE_CHECKING:
     from paceline.launch.console import Console
     from paceline.launch.host import Host
+    from paceline.launch.local import Outcome
 
 _DEFAULT = "ddp()"
 
@@ -339,11 +341,51 @@ def execute(
     host: Host | None = None,
     explain: bool = False,
 ) -> int:
-    """Make the directory, start, show, and say how it ended; the exit code. See ``crew.Order`` for the arguments.
+    """Start, and say how it ended; the exit code. See ``crew.Order`` for the arguments.
+
+    A rank of the only replica of a split model takes with it what nobody else has. Where checkpoints are made, all begin again from the
+    newest one, as often as there is one that is newer than the one before.
 
     Raises:
         PacelineError: Nothing could be started.
     """
+    saved = newest_step(path) if plan.resume == "auto" else 0
+    while True:
+        outcome = _attempt(plan, path, as_json, hang_after, listen, host, explain, saved)
+        if outcome.exit_code != LOST or (newest := again_from(plan, path, saved)) is None:
+            return outcome.exit_code
+        plan, saved = replace(plan, resume="auto"), newest
+
+
+def again_from(plan: Plan, path: Path, saved: int) -> int | None:
+    """The step from which a run that has lost a rank begins again by itself; None where it does not.
+
+    Args:
+        saved: The newest checkpoint when it began.
+    """
+    if not plan.checkpoint or not plan.strategy or plan.elastic or lay_out(plan.strategy, plan.processes) is None:
+        return None
+    newest = newest_step(path)
+    return newest if newest > saved else None
+
+
+def newest_step(path: Path) -> int:
+    """Of the newest checkpoint of a run; 0 where it has none."""
+    found = candidates(path / CHECKPOINTS)
+    return max((place[0] for path in found if (place := step_of(path.name))), default=0)
+
+
+def _attempt(
+    plan: Plan,
+    path: Path,
+    as_json: bool,
+    hang_after: float | None,
+    listen: str,
+    host: Host | None,
+    explain: bool,
+    saved: int,
+) -> Outcome:
+    """Make the directory, start, show, and say how it ended."""
     from paceline.launch.console import Console
     from paceline.launch.local import Launcher, Order
     from paceline.launch.signals import ALL
@@ -364,10 +406,11 @@ def execute(
         run.update(state="stopped", exit_code=130, ended=now_text())
         raise
     else:
-        console.conclude(outcome, time.monotonic() - began)
+        newest = again_from(plan, path, saved) if outcome.exit_code == LOST else None
+        console.conclude(outcome, time.monotonic() - began, newest)
     finally:
         console.close()
-    return outcome.exit_code
+    return outcome
 
 
 def _after_start(run: RunDirectory, console: Console) -> None:

@@ -103,7 +103,8 @@ def measure(
     """Seconds of each position for a step, and how much the pieces of a batch differ from it.
 
     Forwards in evaluation mode are timed, piece by piece as the pipeline will compute them, several times: the least counts, as
-    whatever else the machine does only adds to it. A backward takes two forwards; what parameters cost comes on top (:func:`upkeep`).
+    whatever else the machine does only adds to it. A backward takes two forwards, at the first position, whose inputs need no gradient, one;
+    what parameters cost comes on top (:func:`upkeep`).
     The difference is relative to the largest output, over the tolerance of its type: up to 1 is rounding.
     """
     began = time.perf_counter()
@@ -125,7 +126,7 @@ def measure(
         if isinstance(t, Tensor) and t.is_floating_point() and t.dim() and batch.count > 1:
             worst = max(worst, _difference(t, [part[i] for part in parts]))
     extra = upkeep(model, positions, batch.count)
-    return [3 * cost + more for cost, more in zip(costs, extra, strict=True)], worst
+    return [(3 if i else 2) * cost + more for i, (cost, more) in enumerate(zip(costs, extra, strict=True))], worst
 
 
 def _timed(forward: Callable[..., Any], gates: Gates, batch: Batch) -> tuple[list[list[Any]], list[float]]:

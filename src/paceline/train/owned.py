@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paceline.exchange.chain import Exchange
+from paceline.group.solo_wire import SoloWire
 from paceline.group.wire import Wire
 from paceline.place.replicate import Replica
 from paceline.terms.activity import Activity
@@ -94,6 +95,13 @@ class OwnedSteps:
                 self._divide(optimizer, exchange, wire, names, part)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+
+    def in_bites(self, optimizer: Optimizer) -> None:
+        """Let an optimizer whose parameters no other rank has step in bites that fit the cache, where that changes nothing but its time."""
+        if worthwhile(optimizer, SoloWire(), elastic=True):
+            self._divided[optimizer] = DividedStep(
+                optimizer, SoloWire(), self._activity, names=("alone",), part=0, shared=True
+            )
 
     def _divide(self, optimizer: Optimizer, exchange: Exchange, wire: Wire, names: Sequence[str], part: int) -> None:
         shared, elastic = exchange.params == "shared", self._on_lost is not None

@@ -183,7 +183,7 @@ class SplitJob(Job):
         give_back()  # whole parameters
         assert self._exchange is not None
         assert self._wire is not None
-        later = self._between is not None and self._mesh.axis("pipeline") is not None  # its rounds ask who holds what
+        later = self._mesh.axis("pipeline") is not None  # what this rank holds is known when the model is cut
         for optimizer in given.optimizers:
             self._waiting.append(optimizer) if later else self._own(optimizer)
         for scheduler in given.schedulers:
@@ -200,6 +200,8 @@ class SplitJob(Job):
         assert self._wire is not None
         names, part = self._neighbours, self._place.local_rank
         self._steps.own(optimizer, self._between, self._exchange, self._wire, names, part)
+        if self._mesh.axis("pipeline") is not None and self._mesh.axis("tensor") is None:
+            self._steps.in_bites(optimizer)
         optimizer.register_step_post_hook(self._stepped)
         self._states.of_optimizer(optimizer)
 

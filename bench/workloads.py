@@ -116,7 +116,7 @@ def _language_model() -> ModuleType:
 
 WORKLOADS = {
     "digits": Workload(
-        _small_mlp, _digits, F.cross_entropy, rows=lambda n: 256, steps=5, warm_up=10, timed=100, bar=2.0
+        _small_mlp, _digits, F.cross_entropy, rows=lambda n: 256, steps=5, warm_up=10, timed=500, bar=2.0
     ),
     "mlp25m": Workload(
         _wide_mlp, _random_rows, F.cross_entropy, rows=lambda n: 16 * n, steps=5, warm_up=1, timed=4, bar=1.5

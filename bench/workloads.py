@@ -149,6 +149,6 @@ def _little_text() -> tuple[Dataset[tuple[Tensor, Tensor]], Tensor, Tensor]:
 
 
 TASKS = {
-    "digits": Task(_small_mlp, _divided_digits, F.cross_entropy, 64, steps=400, lr=3e-3, row_seconds=0.25e-3),
+    "digits": Task(_small_mlp, _divided_digits, F.cross_entropy, 64, steps=400, lr=1e-3, row_seconds=0.25e-3),
     "gpt": Task(_little_gpt, _little_text, _bytes_loss, 16, steps=400, lr=1e-3, row_seconds=2e-3),
 }

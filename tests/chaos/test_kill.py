@@ -59,3 +59,10 @@ def test_a_replacement_takes_part(undisturbed: dict[str, Any], tmp_path: Path) -
     assert len(drill.hashes()) == 1
     assert len([e for e in drill.events("end") if e.get("hash")]) == 2
     assert "worker-2 takes part" in drill.said
+
+
+@pytest.mark.long
+def test_killed_workers_change_nothing_where_all_vote(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    flags = ["-n", "4", "--workers", "1:4", "--strategy", "ddp(commit=vote)"]
+    drill = run(tmp_path / "run", flags, SCRIPTS["plain"], killer(2, 3, 80), 150)
+    prove(drill, undisturbed["plain"])

@@ -108,7 +108,7 @@ def test_divided_optimizer_step(strategy: str, tmp_path: Path) -> None:
     [
         ("clip", "ddp(params='shared')"),
         ("accumulate", "ddp(bucket_mb=0.001)"),
-        *more(("accumulate", "ddp(params='shared')"), ("clip", "ddp(bucket_mb=0.001)")),
+        *more(("accumulate", "ddp(params='shared')"), ("clip", "ddp(bucket_mb=0.001)"), ("clip", "ddp(commit=vote)")),
     ],
 )
 def test_variants_of_ddp(strategy: str, setting: str, expected: dict[str, Path], tmp_path: Path) -> None:

@@ -72,3 +72,58 @@ def test_two_replicas_cannot_say_who_is_right(tmp_path: Path, n: int) -> None:
     status, said, _ = run(tmp_path, n, "flip")
     assert status == 1
     assert "PL440" in said
+
+
+VOTE = """
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+
+import paceline
+from paceline.exchange.allreduce import AllReduceMean
+from paceline.exchange.chain import chain, optimizer
+from paceline.exchange.strategy import build
+from torch.utils.data import DataLoader, TensorDataset
+
+
+@dataclass(frozen=True)
+class Odd:
+    # a link that is not the same on all ranks
+
+    def init(self, bucket):
+        return {}
+
+    async def __call__(self, message, state):
+        if message.rank == 2 and message.step == 4:
+            message.payload[0] += 1e-7
+
+    def describe(self):
+        return "odd"
+
+
+exchange = build("ddp(commit=vote)")
+if "odd" in sys.argv:
+    exchange = replace(exchange, chain=chain(AllReduceMean(), Odd(), optimizer))
+torch.manual_seed(0)
+x = torch.rand(240, 4)
+model = torch.nn.Linear(4, 3)
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+job = paceline.job(exchange)
+model, opt, train = job.adopt(model, opt, DataLoader(TensorDataset(x, x[:, :3]), batch_size=6))
+for epoch in job.epochs(1):
+    for a, b in train:
+        opt.zero_grad()
+        ((model(a) - b) ** 2).mean().backward()
+        opt.step()
+"""
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_all_vote_before_they_step(odd: bool, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(VOTE)
+    script = ["--", "odd"] if odd else []
+    done = run_paceline("run", "train.py", "-n", "3", "--run-dir", "run", *script, cwd=tmp_path)
+    assert (done.returncode != 0) == odd, done.stdout + done.stderr
+    assert ("error[PL442]" in done.stderr) == odd
+    assert ("step 5: rank 2 has come to another gradient" in done.stderr) == odd

@@ -155,6 +155,7 @@ class Exchange:
         phases: Strategies that follow each other, with the step after which each begins; empty where there is one only.
         ranks: How many take part, where the strategy says so.
         axes: How each replica is split over ranks, innermost first; empty where a replica is one rank.
+        votes: Before each step all ranks tell each other what they have come to.
     """
 
     chain: Chain
@@ -167,6 +168,7 @@ class Exchange:
     phases: tuple[tuple[int, Exchange], ...] = ()
     ranks: int | None = None
     axes: tuple[Axis, ...] = ()
+    votes: bool = False
 
     def at(self, step: int) -> Exchange:
         """What is in force after `step` steps."""

@@ -34,6 +34,7 @@ def ddp(
     bucket_mb: float | None = None,
     exact: bool = False,
     shards: int = SHARDS,
+    commit: Literal["header", "vote"] = "header",
 ) -> Exchange:
     """Synchronous data parallelism: every rank steps with the same mean gradient.
 
@@ -53,6 +54,9 @@ def ddp(
         exact: The same bits for every number of ranks, whoever joins or dies: each global batch is cut into `shards` parts, the
             loop goes round once for each part that a rank has, and gradients are summed in fixed point (``exchange/exact.py``).
         shards: How many parts; more ranks than that have nothing to do.
+        commit: ``header``: that all have applied a step is told by the header of the next one's gradients. ``vote``: before each step all
+            ranks also tell each other a fingerprint of the gradient that they have come to, and step only when all are the same: one
+            small message more, and a check on the wire and on links of one's own.
 
     Raises:
         UsageError: PL203, an argument has a value that it cannot have.
@@ -68,14 +72,16 @@ def ddp(
         said = "leave one of them out: coded sums travel in their own way, in which each rank merges one slice."
         raise UsageError("PL203", f"ddp: algorithm={algorithm} cannot be combined with a codec", help=said)
     one_of("ddp", "params", params, ("private", "shared"))
+    one_of("ddp", "commit", commit, ("header", "vote"))
     if bucket_mb is not None:
         positive("ddp", "bucket_mb", bucket_mb)
     _check_exact(exact, shards, codec, algorithm)
     word = codec.name if codec else None
     given = {"codec": word, "ranks": ranks, "algorithm": algorithm, "params": params, "bucket_mb": bucket_mb}
-    text = spell(ddp, **given, exact=exact, shards=shards)
+    text = spell(ddp, **given, exact=exact, shards=shards, commit=commit)
     link: Link = ExactMean(shards) if exact else AllReduceMean(codec, algorithm)
-    return Exchange(chain(link, optimizer), params, bucket_mb, text, shards if exact else 0, ranks=ranks)
+    votes = commit == "vote"
+    return Exchange(chain(link, optimizer), params, bucket_mb, text, shards if exact else 0, ranks=ranks, votes=votes)
 
 
 def _check_exact(exact: object, shards: object, codec: Codec | None, algorithm: str) -> None:

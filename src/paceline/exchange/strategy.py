@@ -93,7 +93,7 @@ def _product(made: Sequence[Exchange | Axis], text: str) -> Exchange:
         raise UsageError(
             "PL204", f"{text}: ddp inside replicas that step together is one ddp", help="leave one of them out."
         )
-    if last.service is not None or last.shards or last.params != "private" or last.phases:
+    if last.service is not None or last.shards or last.params != "private" or last.phases or last.votes:
         raise UsageError("PL204", f"{text}: {last.text} cannot be exchanged by replicas that are split")
     shown = [axis.text for axis in axes] + ([last.text] if isinstance(made[-1], Exchange) else [])
     return replace(last, axes=axes, text=" * ".join(shown))

@@ -334,6 +334,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "the script changes parameters differently on each rank.",
         "resume from a checkpoint before the step named; with three ranks or more the odd one is healed by itself.",
     ),
+    "PL442": Explanation(
+        "ranks came to different gradients",
+        "Under `ddp(commit=vote)` all ranks compare the gradient that they are about to step with. It is the same message for all, so something "
+        "on the way is wrong: memory, a link of the script's own that is not the same on all ranks, or a defect of the wire.",
+        "look at the rank named. `ddp()` has its replicas compared every 50 steps instead, and heals the odd one.",
+    ),
     "PL441": Explanation(
         "a replica was healed",
         "One rank had other parameters than all the others. It was given theirs. When it happens again on the same machine, its "

@@ -31,6 +31,7 @@ from paceline.group.wire import AllReduce, Buffer, Drive, Wire
 from paceline.place.replicate import BUCKET, LiveBucket, Replica, Scale
 from paceline.terms.activity import Activity, Phase
 from paceline.terms.errors import PeerLost, StepError
+from paceline.train.replicas import fingerprint
 from paceline.train.statistics import Statistics
 
 WEIGHT, MISSING, NONFINITE, STEPS, STEPS_SQUARED, STOP, CHANGE, MARK, MARK_SQUARED, PRESENCE = range(10)
@@ -265,8 +266,24 @@ class Stepper:
                 self._launch(replica, bucket)
             self._launch_statistics(replica)
         self._drive.finish()
+        self._vote()
         self._check_and_settle(touched)
         return touched
+
+    def _vote(self) -> None:
+        """Where the strategy says so, nobody steps before all have come to the same. Raises StepError PL442."""
+        if not self.exchange.votes:
+            return
+        buckets = sorted(self._messages, key=lambda m: (self.replicas.index(m[0]), m[1].bucket.index))
+        found = json.dumps(fingerprint(bucket.buffer.tensor for _, bucket, _ in buckets)).encode()
+        said = self.wire.gather_bytes("vote", found)
+        if len(set(said)) > 1:
+            common = max(said, key=said.count)
+            odd = [rank for rank, theirs in enumerate(said) if theirs != common]
+            who = f"rank {odd[0]} has" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} have"
+            raise StepError(
+                "PL442", f"step {self._steps() + 1}: {who} come to another gradient than most from the same exchange"
+            )
 
     def _exchange_shard(self) -> list[Replica]:
         """Add up the gradient of one shard; what the shards of this rank add up to is exchanged after the last one."""
@@ -283,6 +300,7 @@ class Stepper:
             self._launch_statistics(replica)
         if scale.last:
             self._drive.finish()
+            self._vote()
             self._check_and_settle(self.replicas)
             return self.replicas
         self._messages.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from paceline.place.pipeline_schedule import FORMS
 from peers import pipeline_case, pipeline_cases
 from support.breadth import more
+from support.cli import run_paceline
 from support.parity_table import record
 from support.peers import run_peers
 from support.rendezvous import rendezvous
@@ -152,3 +155,16 @@ def test_two_pipelines_side_by_side() -> None:
         assert found["1f1b"] < 2e-3
         assert found["cut"] == ["blocks.2"]
         assert found["told"]
+
+
+def test_a_rank_holds_what_its_stages_need(tmp_path: Path) -> None:
+    """Parameters, gradients and the state of AdamW: 16 bytes for each parameter of the rank's stages, and next to nothing for others."""
+    script = Path(__file__).with_name("stage_memory.py")
+    flags = ("-n", "3", "--strategy", "pipeline", "--run-dir", tmp_path / "run")
+    done = run_paceline("run", script, *flags, "--", tmp_path, cwd=tmp_path, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert sum(each["mine"] for each in found) == 12 * (512 * 512 + 512)
+    for each in found:
+        assert each["mine"] <= 6 * (512 * 512 + 512)
+        assert each["held"] == pytest.approx(16 * each["mine"], rel=0.15)

@@ -42,6 +42,7 @@ def script(directory: Path, strategy: str = "", adopt: str = TOGETHER, end: str 
         ("fsdp * tensor(2)", 4, "PL212", "pieces of parts"),
         ("pipeline(2) * fsdp(2)", 4, "PL212", "needs no pipeline"),
         ("fsdp(2) * ps(staleness=4)", 4, "PL204", "replicas that are split"),
+        ("fsdp(2, offload=1)", 2, "PL203", "True or False"),
         ("pipeline(2) * local_sgd(within(0.1))", 4, "PL20", "every=8"),
     ],
 )
@@ -57,6 +58,10 @@ def test_losses_cannot_be_borne(tmp_path: Path) -> None:
     assert done.returncode == 2, show(done)
     assert "error PL105" in done.stderr
     assert "--resume auto" in done.stderr
+    flags = ("-n", "4", "--workers", "1:4", "--strategy", "fsdp(2) * ddp()")
+    done = run_paceline("run", script(tmp_path), *flags, cwd=tmp_path)
+    assert done.returncode == 2, show(done)
+    assert "give multiples of 2" in done.stderr
 
 
 def test_the_script_alone_cannot_say_so(tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ def fsdp(
     recompute: str = "none",
     precision: str | None = None,
     build: str = "whole",
+    offload: bool = False,
 ) -> Axis:
     """Sharded data parallelism (ZeRO, FSDP): parameters, gradients, optimizer state in pieces.
 
@@ -233,19 +234,23 @@ def fsdp(
         build: ``parts``: while the script builds its model, each rank keeps its own rows of large parameters only. The start values are
             those of the plain program, bit for bit; what they are cannot be read before ``job.adopt``. For models that are larger than
             one process's memory.
+        offload: Pieces, and the optimizer's state, lie in the memory of the processor while an accelerator computes. On processors they
+            lie there anyway, and it is refused (PL554).
 
     Raises:
         UsageError: PL203, an argument has a value that it cannot have.
     """
     whole("fsdp", "stage", stage, 3)
+    if not isinstance(offload, bool):
+        raise UsageError("PL203", f"fsdp: offload={offload!r} cannot be", help="it is True or False.")
     one_of("fsdp", "recompute", recompute, RECOMPUTE)
     if precision is not None:
         one_of("fsdp", "precision", precision, PRECISIONS)
     one_of("fsdp", "build", build, BUILDS)
-    text = spell(fsdp, ranks=_ranks("fsdp", ranks), stage=stage, recompute=recompute, precision=precision, build=build)
+    given = {"stage": stage, "recompute": recompute, "precision": precision, "build": build, "offload": offload}
+    text = spell(fsdp, ranks=_ranks("fsdp", ranks), **given)
     kept = {3: "for its block", 2: "for one forward and backward", 1: "until the optimizer steps"}[stage]
     about = f"parameters, gradients and optimizer state in pieces; a parameter is gathered {kept}"
-    given = {"stage": stage, "recompute": recompute, "precision": precision, "build": build}
     return Axis("fsdp", ranks, given, text, about)
 
 

@@ -282,6 +282,7 @@ def _shard(
         stage=axis.settings["stage"],
         recompute=axis.settings["recompute"],
         precision=_policy(axis.settings["precision"]),
+        offload=axis.settings["offload"],
         factor=factor,
         wire=shards,
     )

@@ -22,7 +22,7 @@ TOLERANCE = 1e-9  # of parameters in float64: sums have another order when ranks
 
 def replicas(work: Work) -> None:
     """kill -9 of one of four ranks, which hold two replicas; each placement in turn. Nobody else may be started again."""
-    wanted = 3 if work.quick else 21
+    wanted = 3 if work.quick else 20
     each = 1 if work.quick else RUNS
     goes_on: list[float] = []
     rebuilt: list[float] = []

@@ -19,9 +19,8 @@ from support.breadth import more
 
 FOR_EVER = ["--epochs", "100000"]
 PLACEMENTS = [
-    "fsdp(2) * ddp()",
     "pipeline(2) * ddp()",
-    *more("tensor(2) * ddp()", "fsdp(2, stage=2) * ddp()"),
+    *more("fsdp(2) * ddp()", "tensor(2) * ddp()", "fsdp(2, stage=2) * ddp()"),
 ]
 
 
@@ -89,6 +88,7 @@ def test_a_frozen_rank_takes_its_replica_along(tmp_path: Path) -> None:
     assert "gave no sign of life" in drill.said
 
 
+@pytest.mark.long
 def test_the_last_replica_ends_the_run(tmp_path: Path) -> None:
     """It says so, and what goes on from here."""
 

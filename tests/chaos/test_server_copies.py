@@ -60,6 +60,7 @@ def test_a_copy_that_cannot_get_the_state_ends() -> None:
     assert raised.value.code == "PL465"
 
 
+@pytest.mark.long
 def test_copies_that_come_apart_are_found(tmp_path: Path) -> None:
     """After 256 updates; the run goes on with the first one's parameters."""
     flags = ("-n", "1", "--strategy", "ps(staleness=inf, replicas=2)", "--run-dir", tmp_path / "run")

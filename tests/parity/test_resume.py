@@ -97,7 +97,8 @@ def test_the_end_can_be_resumed_too(expected: dict[str, torch.Tensor], tmp_path:
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000042"]
 
 
-@pytest.mark.parametrize("flags", [(), *more(("--strategy", "ddp(params=shared)"))])
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [(), ("--strategy", "ddp(params=shared)")])
 def test_where_the_optimizers_step_is_divided(flags: tuple[str, ...], tmp_path: Path) -> None:
     """Each rank steps a stretch; the state is saved whole, and divided anew among another number."""
     script = ("--width", "90000")

@@ -37,7 +37,6 @@ SCRIPT = """
     import torch._dynamo.config
     assert torch._dynamo.config.cache_size_limit > 0
     assert sys.modules["torch._dynamo"].__file__
-    torch.compile(optimizer.step, backend="eager")()
 """
 
 

@@ -46,8 +46,8 @@ WAYS = [
     [
         pytest.param(2, [*grid(OWN, clip=0.5), *WAYS], 10, True, id="own-2-shm"),
         pytest.param(2, grid(HF), 10, True, id="hf-2-shm"),
-        pytest.param(4, [*grid(("gpt",)), *WAYS[:1]], 10, False, id="gpt-4-gloo"),
         *more(
+            pytest.param(4, [*grid(("gpt",)), *WAYS[:1]], 10, False, id="gpt-4-gloo"),
             pytest.param(2, [*grid(OWN + HF, clip=0.5), *WAYS], 30, False, id="all-2-gloo"),
             pytest.param(4, [*grid(OWN + HF, clip=0.5), *WAYS], 30, True, id="all-4-shm"),
             pytest.param(3, [*grid(OWN + HF, opt="sgd"), *WAYS], 30, True, id="all-3-shm"),

@@ -47,7 +47,7 @@ def _check_parity(said: dict[str, Any], size: int) -> None:
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, Any]]:
     """What two ranks say: they start once for all the tests below."""
-    return _work(2, QUICK, 10, [*UNUSUAL, "mistakes", "without_values"])
+    return _work(2, QUICK, 6, [*UNUSUAL, "mistakes", "without_values"])
 
 
 @pytest.mark.parametrize("case", ["-".join(case) for case in QUICK])

@@ -16,6 +16,7 @@ import pytest
 
 from chaos.drill import Drill, members, prove, reference, run, steps, wait_for, whole, workers
 from support.breadth import more
+from support.cli import run_paceline
 
 FOR_EVER = ["--epochs", "100000"]
 PLACEMENTS = [
@@ -118,3 +119,20 @@ def test_the_only_replica_begins_again_from_its_newest_checkpoint(tmp_path: Path
     assert "all begin again from the checkpoint of step" in drill.said
     undisturbed = reference(tmp_path, [*FOR_EVER, "--steps", str(steps(drill.directory))])
     prove(drill, undisturbed, status=130)
+
+
+def test_a_run_of_one_replica_gets_a_second(tmp_path: Path) -> None:
+    """Who is alone at first exchanges with those who come."""
+
+    def disturb(drill: Drill, process: subprocess.Popen[str]) -> None:
+        wait_for(lambda: whole(drill, 2), 60, process)
+        joined = run_paceline("join", drill.directory, "-n", "2", cwd=tmp_path)
+        assert joined.returncode == 0, joined.stderr
+        wait_for(lambda: whole(drill, 4), 60, process)
+        target = steps(drill.directory) + 9
+        wait_for(lambda: steps(drill.directory) >= target, 60, process)
+        process.send_signal(signal.SIGINT)
+
+    flags = ["-n", "2", "--workers", "2:4", "--strategy", "tensor(2) * ddp()"]
+    drill = run(tmp_path / "run", flags, FOR_EVER, disturb, 100)
+    prove(drill, reference(tmp_path, [*FOR_EVER, "--steps", str(steps(drill.directory))]), status=130)

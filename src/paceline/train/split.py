@@ -95,7 +95,7 @@ class Split:
         self._held += held
         for peers in self._peers:
             peers.add(model, held)
-        if statistics and self._readers > 1:
+        if statistics and (self._readers > 1 or self._members is not None):
             self._statistics.append(Statistics(model, self._among))
 
     def rewire(self, layout: Mesh, wire: Wire) -> None:
@@ -133,11 +133,8 @@ class Split:
         except PeerLost:
             if self._members is None:
                 raise
-            self._missed, self._total, self._factor = (
-                True,
-                0.0,
-                0.0,
-            )  # the replica ends its backward; it counts for nothing
+            self._missed = True  # the replica ends its backward, which counts for nothing
+            self._total = self._factor = 0.0
             return
         self._check(sums)
         self._total = sums[0]

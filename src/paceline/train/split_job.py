@@ -250,7 +250,7 @@ class SplitJob(Job):
                 self._shards = shards
             else:  # made for those who have just come
                 shards.close()
-        if layout.replicas > 1 or self._others is not None:
+        if layout.replicas > 1 or self._members is not None:  # who is alone now need not stay so
             parts = [list(range(part, layout.size, layout.inner)) for part in range(layout.inner)]
             self._others = self._groups.peers(self._device, parts, world)
 

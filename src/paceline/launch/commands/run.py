@@ -223,7 +223,8 @@ def check_layout(strategy: str, args: argparse.Namespace, base: Plan) -> bool:
         return True
     found = lay_out(strategy, count)
     assert found is not None
-    borne = outlives_ranks(strategy, count) and (args.wire or base.wire) != "tcp"
+    most = _limits(args.workers)[1] if args.workers is not None else count
+    borne = outlives_ranks(strategy, max(count, most)) and (args.wire or base.wire) != "tcp"
     if args.workers is None or ":" not in args.workers:
         return borne
     if not borne:
